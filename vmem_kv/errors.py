@@ -1,0 +1,76 @@
+"""Every error that vmem_kv raises.
+
+    VmemError
+    ├── ConfigError            wrong before anything started: fix the value that the message names
+    ├── CapacityError          transient: nothing changed, give something back and try again
+    │   ├── OutOfPages         the page budget is spent
+    │   ├── OutOfSlots         every slot belongs to a sequence
+    │   ├── OutOfAddressSpace  a sequence is longer than its slot, or no range of that size is left
+    │   └── OutOfMappings      the system's limit on mappings would be passed
+    ├── DriverError            a driver call failed; carries operation, code, name and how far it came
+    ├── UsageError             the caller broke a contract; nothing changed
+    └── InvariantError         our bug: the books do not add up; carries a dump of the state
+
+After any of them except InvariantError the cache is as it was before the call.
+"""
+
+from __future__ import annotations
+
+
+class VmemError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(VmemError, ValueError):
+    """A configuration cannot work here. Raised before anything was allocated."""
+
+
+class CapacityError(VmemError):
+    """Something finite has run out. Nothing changed: reclaim, retire or wait, and try again."""
+
+
+class OutOfPages(CapacityError):
+    """The budget of physical pages does not cover what was asked for."""
+
+
+class OutOfSlots(CapacityError):
+    """No slot (or no run of neighbouring slots) is free."""
+
+
+class OutOfAddressSpace(CapacityError):
+    """A sequence would outgrow its slot, or no virtual range of that size can be reserved."""
+
+
+class OutOfMappings(CapacityError):
+    """The limit on live mappings (``vm.max_map_count`` on the host) would be passed."""
+
+
+class DriverError(VmemError):
+    """A driver call failed.
+
+    Attributes:
+        operation: The contract's name of the call, e.g. ``"map"``.
+        code: The driver's own error number (errno on the host).
+        name: The symbolic name of ``code``, e.g. ``"ENOSPC"``.
+        n_done: How many of the items given to the call took effect before the failure.
+    """
+
+    def __init__(self, operation: str, code: int, name: str, n_done: int = 0, detail: str = "") -> None:
+        super().__init__(operation, code, name, n_done, detail)
+        self.operation = operation
+        self.code = code
+        self.name = name
+        self.n_done = n_done
+        self.detail = detail
+
+    def __str__(self) -> str:
+        text = f"{self.operation} failed with {self.name} ({self.code})"
+        return f"{text}: {self.detail}" if self.detail else text
+
+
+class UsageError(VmemError):
+    """The caller broke a contract. Nothing changed."""
+
+
+class InvariantError(VmemError):
+    """The books contradict each other: a bug in vmem_kv. The message ends with a dump of the state."""
