@@ -18,7 +18,13 @@ from __future__ import annotations
 
 
 class VmemError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        n_done: For a batched driver call, how many items took effect before the failure.
+    """
+
+    n_done: int = 0
 
 
 class ConfigError(VmemError, ValueError):

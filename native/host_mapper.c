@@ -1,0 +1,92 @@
+/* The host driver's fast path: a whole batch of page operations in one call.
+ *
+ * Plain C, plain ABI, no state, no threads, no allocation. Each function walks its arrays in order and joins
+ * neighbours (consecutive addresses and offsets) into one system call. It returns 0 or the errno of the call that
+ * failed, and *n_done says how many items took effect, so that the caller can undo exactly those.
+ *
+ * vmem_kv/driver/host_mapper.py states the same functions in Python; both pass the same tests.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+
+/* Bumped whenever a signature or its meaning changes; the Python side refuses any other number. */
+int vmem_host_abi(void) {
+    return 1;
+}
+
+static int fallocate_uninterrupted(int fd, int mode, int64_t offset, int64_t n_bytes) {
+    while (fallocate(fd, mode, offset, n_bytes) != 0) {
+        if (errno != EINTR) {
+            return errno;
+        }
+    }
+    return 0;
+}
+
+/* The number of items from `first` on whose offsets follow each other at page_bytes. */
+static size_t offset_run(const int64_t *offsets, size_t first, size_t n, int64_t page_bytes) {
+    size_t last = first + 1;
+    while (last < n && offsets[last] == offsets[last - 1] + page_bytes) {
+        last++;
+    }
+    return last - first;
+}
+
+static int fallocate_pages(int fd, int mode, const int64_t *offsets, size_t n, int64_t page_bytes, size_t *n_done) {
+    for (*n_done = 0; *n_done < n;) {
+        size_t run = offset_run(offsets, *n_done, n, page_bytes);
+        int error = fallocate_uninterrupted(fd, mode, offsets[*n_done], (int64_t)run * page_bytes);
+        if (error != 0) {
+            return error;
+        }
+        *n_done += run;
+    }
+    return 0;
+}
+
+/* Back file pages with zeroed memory, so that a later touch cannot meet a full file system (SIGBUS). */
+int vmem_host_create(int fd, const int64_t *offsets, size_t n, int64_t page_bytes, size_t *n_done) {
+    return fallocate_pages(fd, 0, offsets, n, page_bytes, n_done);
+}
+
+/* Give file pages back to the system. */
+int vmem_host_release(int fd, const int64_t *offsets, size_t n, int64_t page_bytes, size_t *n_done) {
+    return fallocate_pages(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsets, n, page_bytes, n_done);
+}
+
+/* Map file pages over reserved addresses, page tables filled at once. */
+int vmem_host_map(int fd, const int64_t *addresses, const int64_t *offsets, size_t n, int64_t page_bytes,
+                  size_t *n_done) {
+    for (*n_done = 0; *n_done < n;) {
+        size_t first = *n_done;
+        size_t run = 1;
+        while (first + run < n && addresses[first + run] == addresses[first + run - 1] + page_bytes &&
+               offsets[first + run] == offsets[first + run - 1] + page_bytes) {
+            run++;
+        }
+        void *address = (void *)(uintptr_t)addresses[first];
+        if (mmap(address, run * (size_t)page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd,
+                 offsets[first]) == MAP_FAILED) {
+            return errno;
+        }
+        *n_done += run;
+    }
+    return 0;
+}
+
+/* Turn ranges back into reservation by mapping nothing over them; never munmap, which would open a hole that
+ * another thread's mmap could take. */
+int vmem_host_unmap(const int64_t *addresses, const int64_t *lengths, size_t n, size_t *n_done) {
+    for (*n_done = 0; *n_done < n; (*n_done)++) {
+        void *address = (void *)(uintptr_t)addresses[*n_done];
+        if (mmap(address, (size_t)lengths[*n_done], PROT_NONE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
+            return errno;
+        }
+    }
+    return 0;
+}

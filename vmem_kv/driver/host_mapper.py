@@ -1,0 +1,194 @@
+"""How the host driver reaches the kernel: one batch of pages per call, by native code or by ctypes.
+
+Both classes do the same, and the driver cannot tell them apart: a call returns (errno or 0, n_done). Neighbours
+(consecutive addresses and offsets) are joined into one system call. `NativeMapper` runs the loop in C
+(`native/host_mapper.c`); `SyscallMapper` runs it here and needs no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from array import array
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Protocol
+
+ABI = 1
+
+PROT_NONE, PROT_READ_WRITE = 0, 3
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
+MAP_NORESERVE, MAP_POPULATE = 0x4000, 0x8000
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Mapper(Protocol):
+    """Batched page operations on one memfd. Every call returns (errno or 0, items done)."""
+
+    name: str
+
+    def create(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+        """Back file pages with zeroed memory."""
+
+    def release(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+        """Give file pages back to the system."""
+
+    def map(
+        self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int
+    ) -> tuple[int, int]:
+        """Map file pages over reserved addresses, readable and writable."""
+
+    def unmap(self, addresses: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+        """Turn ranges back into plain reservation."""
+
+
+class SyscallMapper:
+    """One ctypes call per system call."""
+
+    name = "python"
+
+    def create(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+        return _fallocate_runs(fd, 0, offsets, page_bytes)
+
+    def release(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+        return _fallocate_runs(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsets, page_bytes)
+
+    def map(
+        self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int
+    ) -> tuple[int, int]:
+        flags = MAP_SHARED | MAP_FIXED | MAP_POPULATE
+        first, n = 0, len(addresses)
+        while first < n:
+            end = first + 1
+            while (
+                end < n
+                and addresses[end] == addresses[end - 1] + page_bytes
+                and offsets[end] == offsets[end - 1] + page_bytes
+            ):
+                end += 1
+            n_bytes = (end - first) * page_bytes
+            if libc.mmap(addresses[first], n_bytes, PROT_READ_WRITE, flags, fd, offsets[first]) == MAP_FAILED:
+                return ctypes.get_errno(), first
+            first = end
+        return 0, n
+
+    def unmap(self, addresses: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE
+        for n_done, (address, n_bytes) in enumerate(zip(addresses, lengths, strict=True)):
+            if libc.mmap(address, n_bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED:
+                return ctypes.get_errno(), n_done
+        return 0, len(addresses)
+
+
+def _fallocate_runs(fd: int, mode: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+    first, n = 0, len(offsets)
+    while first < n:
+        end = first + 1
+        while end < n and offsets[end] == offsets[end - 1] + page_bytes:
+            end += 1
+        while libc.fallocate(fd, mode, offsets[first], (end - first) * page_bytes) != 0:
+            if ctypes.get_errno() != errno.EINTR:
+                return ctypes.get_errno(), first
+        first = end
+    return 0, n
+
+
+class NativeMapper:
+    """The same through `native/host_mapper.c`. Raises OSError where that was not built or does not fit."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._lib = ctypes.CDLL(str(find_native_library()))
+        if self._lib.vmem_host_abi() != ABI:
+            raise OSError(f"the native part has ABI {self._lib.vmem_host_abi()}, this package needs {ABI}")
+        fd, items, n, page_bytes = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+        n_done = ctypes.POINTER(ctypes.c_size_t)
+        self._lib.vmem_host_create.argtypes = [fd, items, n, page_bytes, n_done]
+        self._lib.vmem_host_release.argtypes = [fd, items, n, page_bytes, n_done]
+        self._lib.vmem_host_map.argtypes = [fd, items, items, n, page_bytes, n_done]
+        self._lib.vmem_host_unmap.argtypes = [items, items, n, n_done]
+
+    def create(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+        n_done, offset_items = ctypes.c_size_t(), array("q", offsets)
+        code = self._lib.vmem_host_create(
+            fd, offset_items.buffer_info()[0], len(offsets), page_bytes, ctypes.byref(n_done)
+        )
+        return code, n_done.value
+
+    def release(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
+        n_done, offset_items = ctypes.c_size_t(), array("q", offsets)
+        code = self._lib.vmem_host_release(
+            fd, offset_items.buffer_info()[0], len(offsets), page_bytes, ctypes.byref(n_done)
+        )
+        return code, n_done.value
+
+    def map(
+        self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int
+    ) -> tuple[int, int]:
+        n_done, address_items, offset_items = ctypes.c_size_t(), array("q", addresses), array("q", offsets)
+        code = self._lib.vmem_host_map(
+            fd,
+            address_items.buffer_info()[0],
+            offset_items.buffer_info()[0],
+            len(addresses),
+            page_bytes,
+            ctypes.byref(n_done),
+        )
+        return code, n_done.value
+
+    def unmap(self, addresses: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+        n_done, address_items, length_items = ctypes.c_size_t(), array("q", addresses), array("q", lengths)
+        code = self._lib.vmem_host_unmap(
+            address_items.buffer_info()[0],
+            length_items.buffer_info()[0],
+            len(addresses),
+            ctypes.byref(n_done),
+        )
+        return code, n_done.value
+
+
+def find_native_library() -> Path:
+    """Return the path of the built native part.
+
+    Raises:
+        OSError: It was not built.
+    """
+    folder = Path(__file__).parent.parent
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_host{suffix}"
+        if path.exists():
+            return path
+    raise OSError("the native part was not built (no C compiler at install time?)")
+
+
+def open_mapper(path: str) -> Mapper:
+    """Return the mapper called `path`: "native", "python", or "auto" (native where it was built).
+
+    Raises:
+        OSError: "native" was asked for and is not there.
+    """
+    if path == "python":
+        return SyscallMapper()
+    try:
+        return NativeMapper()
+    except OSError:
+        if path == "native":
+            raise
+        return SyscallMapper()
