@@ -159,6 +159,9 @@ class Driver(ABC):
             DriverError: ``n_done`` spans are zero.
         """
 
+    def bind_thread(self) -> None:  # noqa: B027 - a device without contexts has nothing to do
+        """Make the calling thread able to use the device. Every thread of ours calls it first."""
+
     @abstractmethod
     def fence(self) -> Fence:
         """Return a fence behind everything launched on the device so far."""

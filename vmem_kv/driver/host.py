@@ -20,6 +20,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -83,6 +84,7 @@ class HostDriver(Driver):
         self._reservations: set[Reservation] = set()
         self._pages: set[Handle] = set()
         self._next_upper = _UPPER_HALF
+        self._upper_lock = threading.Lock()
         self.calls = Counter()
         self.info = DriverInfo(
             name="host",
@@ -208,10 +210,11 @@ class HostDriver(Driver):
 
     def _elsewhere(self, page_bytes: int) -> Handle:
         """An offset in the file's upper half; never reused, there is room for decades of pages."""
-        offset = round_up(self._next_upper, page_bytes)
-        self._next_upper = offset + page_bytes
-        if self._next_upper > _FILE_BYTES:
-            raise OutOfPages("the memfd has no free offsets left; reopen the cache")
+        with self._upper_lock:
+            offset = round_up(self._next_upper, page_bytes)
+            if offset + page_bytes > _FILE_BYTES:
+                raise OutOfPages("the memfd has no free offsets left; reopen the cache")
+            self._next_upper = offset + page_bytes
         return Handle(offset)
 
 

@@ -1,0 +1,406 @@
+"""The cache: one region, one table of slots, and the rules that keep them in step.
+
+    acquire ─▶ ensure ─▶ ensure ─▶ ... ─▶ retire ─▶ (warm) ─▶ acquire again, or reclaim under pressure
+
+Guarantees
+  * After any exception the cache is as before the call: plan, take, map and commit come in this order, everything
+    is undone on failure, and bookkeeping comes last and cannot fail. `check` holds afterwards.
+  * Running out of pages or mappings first reclaims warm slots (of every cache on the pool), then raises.
+  * The lock is the pool's; it is never held across a driver call, a fence or the caller's code. A slot under a
+    driver call is *busy*: another thread that needs it waits, others pass.
+  * Nothing is unmapped before its fence has passed.
+
+Assumptions: one thread steps a given sequence; any number of threads may work on different ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from vmem_kv.driver.base import PASSED, Fence
+from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddressSpace, UsageError
+from vmem_kv.growth import GrowthPlan, SlotId, plan_growth
+from vmem_kv.layout import Layout
+from vmem_kv.pages import PagePool
+from vmem_kv.region import Region
+from vmem_kv.slots import SlotState, SlotTable
+from vmem_kv.stats import CacheStats
+
+STALL_TIMEOUT_S = 60.0
+"""How long a call waits for another thread's driver call on the same slot before it gives up."""
+
+
+class KVCache:
+    """Slots of growing, contiguous KV memory on a pool of pages.
+
+    Args:
+        pool: Where pages come from; several caches may share one.
+        layout: The geometry. Its page size is the pool's.
+
+    Raises:
+        OutOfAddressSpace: The region cannot be reserved.
+        UsageError: Layout and pool disagree on the page size.
+    """
+
+    def __init__(self, pool: PagePool, layout: Layout) -> None:
+        if layout.page_bytes != pool.page_bytes:
+            raise UsageError(f"the layout has pages of {layout.page_bytes} bytes, the pool of {pool.page_bytes}")
+        limit = pool.driver.info.max_reservation_bytes
+        if layout.virtual_bytes > limit:
+            raise OutOfAddressSpace(
+                f"{layout.n_slots} slots of {layout.max_tokens} tokens at {layout.token_bytes} bytes need "
+                f"{layout.virtual_bytes} bytes of addresses, more than {limit}; lower max_tokens or n_slots"
+            )
+        self.pool = pool
+        self.layout = layout
+        self.region = Region(pool, layout)
+        self._slots = SlotTable(layout.n_slots)
+        self._slides: list[tuple[SlotId, int, Fence]] = []
+        self._closed = False
+        pool.join(self)
+
+    def acquire(self, *, expected_tokens: int | None = None, domain: str = "") -> SlotId:
+        """Return a slot for a new sequence: the best fitting warm one, else a cold one. Maps nothing.
+
+        Args:
+            expected_tokens: How long the sequence may become; the best guess makes the best fit.
+            domain: Whose sequence it is. A warm slot of another domain is scrubbed before it is handed out.
+
+        Raises:
+            OutOfSlots: Every slot belongs to a sequence (or still waits for a fence). Nothing changed.
+            DriverError: Scrubbing failed. Nothing changed.
+        """
+        return self.acquire_adjacent(1, expected_tokens=expected_tokens, domain=domain)[0]
+
+    def acquire_adjacent(
+        self, n_slots: int, *, expected_tokens: int | None = None, domain: str = ""
+    ) -> Sequence[SlotId]:
+        """Return `n_slots` neighbouring slots, so that one strided tensor covers them all. See `acquire`."""
+        self._require_open()
+        self._poll()
+        slots = self._slots
+        with self.pool.lock:
+            expected = self.layout.max_tokens if expected_tokens is None else expected_tokens
+            chosen = slots.choose(n_slots, expected)
+            slots.busy.update(chosen)
+        try:
+            for slot_id in chosen:
+                if slots.warm.get(slot_id) == 0:
+                    self._unmap_slot(slot_id)  # its front is gone; a new sequence starts at the front
+                elif slot_id in slots.warm and slots.domain[slot_id] != domain:
+                    self.region.scrub(slot_id)
+            with self.pool.lock:
+                for slot_id in chosen:
+                    slots.activate(slot_id, self.region.token_capacity(slot_id), domain)
+        finally:
+            self._unbusy(chosen)
+        return chosen
+
+    def ensure(self, lengths: Mapping[SlotId, int]) -> None:
+        """Map what is missing so that each slot holds its length in tokens, then record the lengths.
+
+        A length may shrink; its pages stay mapped for the sequence to grow again.
+
+        Raises:
+            OutOfPages: Pages are missing even after reclaiming. Nothing changed but warm slots that went cold.
+            OutOfMappings: Likewise, for mappings.
+            OutOfAddressSpace: A length exceeds the slot. Nothing changed.
+            DriverError: A driver call failed and was undone. Nothing changed.
+            UsageError: A slot is not active, or a length is negative or lies before what `slide` gave up.
+        """
+        self.pool.require_owner()
+        with self.pool.lock:
+            slots = self._slots
+            try:
+                short = {s: n for s, n in lengths.items() if n > slots.capacity[s]}
+            except KeyError:
+                slots.require_active(lengths)
+                raise
+            if slots.first_token or min(lengths.values(), default=0) < 0:
+                self._require_lengths(lengths)
+            if not short:
+                slots.n_tokens.update(lengths)
+                return
+        self._grow(short)
+        with self.pool.lock:
+            slots.n_tokens.update(lengths)
+
+    def premap(self, lengths: Mapping[SlotId, int]) -> int:
+        """Map ahead of need: like `ensure`, but lengths stay, nobody's warm slot is reclaimed, and slots that were
+        retired meanwhile are passed over.
+
+        Returns:
+            How many pages were mapped.
+
+        Raises:
+            CapacityError: There is no room to map ahead. Nothing changed.
+            DriverError: A driver call failed and was undone. Nothing changed.
+        """
+        with self.pool.lock:
+            capacity, limit = self._slots.capacity, self.layout.max_tokens
+            short = {s: min(n, limit) for s, n in lengths.items() if s in capacity and capacity[s] < min(n, limit)}
+        return self._grow(short, may_reclaim=False) if short else 0
+
+    def slide(self, slot_id: SlotId, first_token: int, fence: Fence = PASSED) -> None:
+        """Give up the tokens before `first_token`: once `fence` has passed, the pages wholly before it are unmapped.
+
+        Addresses stay: token i is where it always was. The slot cannot go back before `first_token`.
+
+        Raises:
+            UsageError: The slot is not active, or `first_token` lies behind its length. Nothing changed.
+            DriverError: An unmap failed; its pages are quarantined.
+        """
+        with self.pool.lock:
+            self._slots.require_active([slot_id])
+            if not 0 <= first_token <= self._slots.n_tokens[slot_id]:
+                raise UsageError(
+                    f"slide to token {first_token} in a sequence of {self._slots.n_tokens[slot_id]} tokens"
+                )
+            if first_token <= self._slots.first_token.get(slot_id, 0):
+                return
+            self._slots.first_token[slot_id] = first_token
+            self._slides.append((slot_id, first_token, fence))
+        self._poll()
+
+    def retire(self, slot_ids: SlotId | Sequence[SlotId], fence: Fence = PASSED) -> None:
+        """End sequences. Their pages stay mapped; behind `fence` the slots are warm and can be adopted as they are.
+
+        Raises:
+            UsageError: A slot is not active (retired twice?). Nothing changed.
+        """
+        with self.pool.lock:
+            self._slots.retire([slot_ids] if isinstance(slot_ids, int) else slot_ids, fence)
+        self._poll()
+
+    def reclaim(self, n_pages: int) -> int:
+        """Unmap warm slots, longest retired first, until `n_pages` pages went back to the pool; return how many did.
+
+        Raises:
+            DriverError: An unmap or release failed; those pages are quarantined, the others went back.
+        """
+        self._poll()
+        n_freed = 0
+        while n_freed < n_pages:
+            with self.pool.lock:
+                victim = next((s for s in self._slots.warm if s not in self._slots.busy), None)
+                if victim is None:
+                    break
+                self._slots.busy.add(victim)
+            try:
+                n_freed += self._unmap_slot(victim)
+            finally:
+                self._unbusy([victim])
+        return n_freed
+
+    def n_warm_pages(self) -> int:
+        """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
+        return sum(self.region.n_pages(s) for s in self._slots.warm if s not in self._slots.busy)
+
+    def n_mapped_pages(self) -> int:
+        """Pages mapped in this region, whatever their state. The caller holds the pool's lock."""
+        return sum(self.region.n_pages(slot_id) for slot_id in self.region.mapped)
+
+    def n_tokens(self, slot_id: SlotId) -> int:
+        """Tokens in a sequence.
+
+        Raises:
+            UsageError: The slot is not active.
+        """
+        with self.pool.lock:
+            self._slots.require_active([slot_id])
+            return self._slots.n_tokens[slot_id]
+
+    def token_capacity(self, slot_id: SlotId) -> int:
+        """Tokens that a sequence can hold without another driver call.
+
+        Raises:
+            UsageError: The slot is not active.
+        """
+        with self.pool.lock:
+            self._slots.require_active([slot_id])
+            return self._slots.capacity[slot_id]
+
+    def stats(self) -> CacheStats:
+        """Return one consistent snapshot."""
+        with self.pool.lock:
+            pool, slots, layout = self.pool, self._slots, self.layout
+            by_state = dict.fromkeys(SlotState, 0)
+            for index, state in enumerate(slots.state):
+                by_state[state] += self.region.n_pages(SlotId(index))
+            n_live_tokens = sum(n - slots.first_token.get(s, 0) for s, n in slots.n_tokens.items())
+            return CacheStats(
+                page_bytes=pool.page_bytes,
+                max_pages=pool.max_pages,
+                n_free_pages=pool.n_free,
+                n_in_flight_pages=pool.n_in_flight,
+                n_live_pages=by_state[SlotState.ACTIVE],
+                n_warm_pages=by_state[SlotState.WARM],
+                n_pending_pages=by_state[SlotState.RETIRED],
+                n_elsewhere_pages=pool.n_mapped - sum(by_state.values()),
+                n_quarantined_pages=pool.n_quarantined,
+                n_peak_owned_pages=pool.n_peak_owned,
+                n_mappings=pool.n_mappings,
+                max_mappings=pool.driver.info.max_mappings,
+                virtual_bytes=layout.virtual_bytes,
+                live_bytes=n_live_tokens * layout.token_bytes,
+                driver_calls=dict(pool.driver.calls),
+            )
+
+    def check(self) -> None:
+        """Verify every invariant that can be read off the books.
+
+        Raises:
+            InvariantError: One does not hold; the message says which and dumps the state.
+        """
+        with self.pool.lock:
+            self.pool.check()
+            self.region.check()
+            slots = self._slots
+            for index, state in enumerate(slots.state):
+                slot_id = SlotId(index)
+                n_pages = self.region.n_pages(slot_id)
+                idle = state in (SlotState.COLD, SlotState.BROKEN)
+                if idle and n_pages and slot_id not in slots.busy:
+                    raise InvariantError(f"slot {slot_id} is {state.value} with {n_pages} pages mapped")
+                homes = [slot_id in slots.capacity, slot_id in slots.retired, slot_id in slots.warm]
+                expected = [state is s for s in (SlotState.ACTIVE, SlotState.RETIRED, SlotState.WARM)]
+                if homes != expected:
+                    raise InvariantError(f"slot {slot_id} is {state.value}, but stands in {homes}")
+                if state is SlotState.ACTIVE and slot_id not in slots.busy:
+                    capacity = self.region.token_capacity(slot_id)
+                    if slots.capacity[slot_id] != capacity or slots.n_tokens[slot_id] > capacity:
+                        raise InvariantError(
+                            f"slot {slot_id}: {slots.n_tokens[slot_id]} tokens, capacity {slots.capacity[slot_id]} "
+                            f"in the books, {capacity} mapped"
+                        )
+
+    def close(self) -> None:
+        """Unmap everything and free the region. Idempotent. All sequences must be retired and behind their fences.
+
+        Raises:
+            UsageError: Sequences are still active or fences have not passed. Nothing changed.
+            DriverError: Some pages could not be unmapped; the rest was. Calling again tries again.
+        """
+        if self._closed:
+            return
+        self.pool.require_owner()
+        self._poll()
+        with self.pool.lock:
+            slots = self._slots
+            if slots.capacity or slots.retired or slots.busy or self._slides:
+                raise UsageError(
+                    f"{len(slots.capacity)} sequences are active and {len(slots.retired)} wait for a fence; "
+                    "retire them before closing"
+                )
+            for slot_id in list(slots.warm):
+                slots.cool(slot_id)
+        self.region.close()
+        self._closed = True
+
+    def _grow(self, short: Mapping[SlotId, int], *, may_reclaim: bool = True) -> int:
+        """Map what `short` lacks, as one plan: all of it or nothing. Returns the pages mapped."""
+        self._require_open()
+        with self._exclusive(short):
+            with self.pool.lock:
+                self._slots.require_active(short)
+                self._require_whole(short)
+                plan = plan_growth(self.layout, self.region.reservation.base, self.region.mapped, short)
+            self._map(plan, may_reclaim=may_reclaim)
+            with self.pool.lock:
+                for slot_id in short:
+                    if slot_id in self._slots.capacity:  # else it was retired while we mapped ahead for it
+                        self._slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+        return plan.n_pages
+
+    def _map(self, plan: GrowthPlan, *, may_reclaim: bool) -> None:
+        """Take pages and map them; on a shortage reclaim warm slots and try again, as long as that gives pages."""
+        while True:
+            try:
+                handles, n_used = self.pool.take(plan.places())
+                self.region.map(plan, handles, n_used)
+                return
+            except CapacityError:
+                if not may_reclaim or not self.pool.make_room(plan.n_pages, first=self):
+                    raise
+
+    def _poll(self) -> None:
+        """Move on whatever waited for a fence that has passed meanwhile."""
+        with self.pool.lock:
+            if not self._slots.retired and not self._slides:
+                return
+            retired = list(self._slots.retired.items())
+            slides = list(self._slides)
+        passed = [(slot_id, fence) for slot_id, fence in retired if fence.passed()]
+        for slide in slides:
+            if slide[2].passed():
+                self._finish_slide(slide)
+        with self.pool.lock:
+            waiting = {slot_id for slot_id, _, _ in self._slides}
+            for slot_id, fence in passed:
+                if self._slots.retired.get(slot_id) is fence and slot_id not in waiting | self._slots.busy:
+                    n_pages = self.region.n_pages(slot_id)
+                    self._slots.settle(slot_id, self.region.token_capacity(slot_id) if n_pages else -1)
+            self._slots.break_(self.region.broken)
+            unusable = [s for s in self.region.broken if s in self._slots.warm and s not in self._slots.busy]
+            self._slots.busy.update(unusable)
+        try:
+            for slot_id in unusable:
+                self._unmap_slot(slot_id)
+        finally:
+            self._unbusy(unusable)
+
+    def _finish_slide(self, slide: tuple[SlotId, int, Fence]) -> None:
+        """Unmap the pages in front of a window whose fence has passed."""
+        slot_id, first_token, _ = slide
+        page_bytes = self.layout.page_bytes
+        with self._exclusive([slot_id]):
+            with self.pool.lock:
+                if slide not in self._slides:
+                    return  # another thread was faster
+                self._slides.remove(slide)
+            self.region.unmap(slot_id, [first_token * p.token_bytes // page_bytes for p in self.layout.planes])
+
+    def _unmap_slot(self, slot_id: SlotId) -> int:
+        """Turn a busy warm slot cold. Whatever fails, the books say what is mapped."""
+        try:
+            return self.region.unmap(slot_id)
+        finally:
+            with self.pool.lock:
+                self._slots.cool(slot_id)
+                self._slots.break_(self.region.broken & {slot_id})
+
+    @contextmanager
+    def _exclusive(self, slot_ids: Mapping[SlotId, int] | Sequence[SlotId]) -> Iterator[None]:
+        """Keep other threads off these slots while the driver works on them."""
+        wanted = set(slot_ids)
+        with self.pool.lock:
+            if not self.pool.lock.wait_for(lambda: not wanted & self._slots.busy, STALL_TIMEOUT_S):
+                raise DriverError("wait", 110, "ETIMEDOUT", 0, f"slots {sorted(wanted)} stayed busy")
+            self._slots.busy |= wanted
+        try:
+            yield
+        finally:
+            self._unbusy(wanted)
+
+    def _unbusy(self, slot_ids: Sequence[SlotId] | set[SlotId]) -> None:
+        with self.pool.lock:
+            self._slots.busy.difference_update(slot_ids)
+            self.pool.lock.notify_all()
+
+    def _require_open(self) -> None:
+        self.pool.require_owner()
+        if self._closed:
+            raise UsageError("the cache is closed; open a new one")
+
+    def _require_whole(self, slot_ids: Iterable[SlotId]) -> None:
+        broken = self.region.broken.intersection(slot_ids)
+        if broken:
+            raise UsageError(f"an unmap failed under slots {sorted(broken)}; retire them, they cannot grow any more")
+
+    def _require_lengths(self, lengths: Mapping[SlotId, int]) -> None:
+        for slot_id, n_tokens in lengths.items():
+            if n_tokens < self._slots.first_token.get(slot_id, 0):
+                raise UsageError(
+                    f"slot {slot_id}: length {n_tokens} is negative or lies before the tokens that slide gave up"
+                )

@@ -1,0 +1,208 @@
+"""A driver around a driver that keeps shadow state and rejects every breach of the contract.
+
+Guarantees: a call that breaks a rule of `driver/base.py` raises UsageError before the inner driver sees it; all
+other calls go through unchanged. It shares no code with the allocator: it derives everything from the calls alone.
+On in the tests, optional for users (it costs a dictionary operation per page).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.errors import UsageError, VmemError
+
+
+class CheckedDriver(Driver):
+    """Wrap `inner`; see this file's first lines."""
+
+    def __init__(self, inner: Driver) -> None:
+        self.inner = inner
+        self.info = inner.info
+        self._lock = threading.Lock()
+        self._reservations: set[Reservation] = set()
+        self._page_bytes: dict[Handle, int] = {}  # live handles
+        self._n_mappings: Counter[Handle] = Counter()
+        self._mapped: dict[int, Handle] = {}  # by address
+        self._accessible: set[int] = set()  # addresses of mappings
+
+    @property
+    def calls(self) -> Counter[str]:  # type: ignore[override]
+        """The inner driver's counts."""
+        return self.inner.calls
+
+    @property
+    def n_live_handles(self) -> int:
+        """Handles created and not released."""
+        return len(self._page_bytes)
+
+    @property
+    def n_live_mappings(self) -> int:
+        """Pages mapped now."""
+        return len(self._mapped)
+
+    @property
+    def n_live_reservations(self) -> int:
+        """Ranges reserved now."""
+        return len(self._reservations)
+
+    def reserve(self, n_bytes: int) -> Reservation:
+        self._require_multiple("reserve", n_bytes)
+        reservation = self.inner.reserve(n_bytes)
+        with self._lock:
+            self._require_multiple("reserve's result", reservation.base, allow_zero=False)
+            if reservation.n_bytes != n_bytes:
+                raise UsageError(f"reserve({n_bytes}) returned {reservation}")
+            if any(r.base < reservation.end and reservation.base < r.end for r in self._reservations):
+                raise UsageError(f"reserve returned {reservation}, which overlaps another one")
+            self._reservations.add(reservation)
+        return reservation
+
+    def free_reservation(self, reservation: Reservation) -> None:
+        with self._lock:
+            if reservation not in self._reservations:
+                raise UsageError(f"free_reservation of {reservation}, which is not reserved")
+            if any(reservation.base <= address < reservation.end for address in self._mapped):
+                raise UsageError(f"free_reservation of {reservation} with pages mapped in it")
+        self.inner.free_reservation(reservation)
+        with self._lock:
+            self._reservations.remove(reservation)
+
+    def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
+        self._require_multiple("create", page_bytes)
+        n_before = len(created)
+        try:
+            self.inner.create(page_bytes, places, created)
+        finally:
+            with self._lock:
+                new = created[n_before:]
+                if len(set(new)) != len(new) or any(handle in self._page_bytes for handle in new):
+                    raise UsageError(f"create returned a handle twice: {new}")
+                self._page_bytes.update(dict.fromkeys(new, page_bytes))
+        if len(new) != len(places):
+            raise UsageError(f"create made {len(new)} of {len(places)} pages and raised nothing")
+
+    def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
+        with self._lock:
+            if len(addresses) != len(handles):
+                raise UsageError(f"map of {len(handles)} handles at {len(addresses)} addresses")
+            if len(set(addresses)) != len(addresses):
+                raise UsageError("map to one address twice")
+            for address, handle in zip(addresses, handles, strict=True):
+                self._require_multiple("map", address)
+                if self._page_bytes.get(handle) != page_bytes:
+                    raise UsageError(f"map of handle {handle}, which is no live page of {page_bytes} bytes")
+                if not any(r.base <= address and address + page_bytes <= r.end for r in self._reservations):
+                    raise UsageError(f"map to {address:#x}, which is not reserved")
+                if self._covering(address, page_bytes):
+                    raise UsageError(f"map to {address:#x}, where something is mapped")
+        n_done = 0
+        try:
+            self.inner.map(page_bytes, addresses, handles)
+            n_done = len(handles)
+        except VmemError as error:
+            n_done = error.n_done
+            raise
+        finally:
+            with self._lock:
+                self._mapped.update(zip(addresses[:n_done], handles[:n_done], strict=True))
+                self._n_mappings.update(handles[:n_done])
+
+    def set_access(self, spans: Sequence[Span]) -> None:
+        with self._lock:
+            pages = [page for span in spans for page in self._whole_mappings("set_access", span)]
+        self.inner.set_access(spans)
+        with self._lock:
+            self._accessible.update(pages)
+
+    def unmap(self, spans: Sequence[Span]) -> None:
+        with self._lock:
+            pages_of_spans = [self._whole_mappings("unmap", span) for span in spans]
+            if len({p for pages in pages_of_spans for p in pages}) != sum(map(len, pages_of_spans)):
+                raise UsageError("unmap of one page twice")
+        n_done = 0
+        try:
+            self.inner.unmap(spans)
+            n_done = len(spans)
+        except VmemError as error:
+            n_done = error.n_done
+            raise
+        finally:
+            with self._lock:
+                for pages in pages_of_spans[:n_done]:
+                    for address in pages:
+                        self._n_mappings[self._mapped.pop(address)] -= 1
+                        self._accessible.discard(address)
+
+    def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
+        with self._lock:
+            if len(set(handles)) != len(handles):
+                raise UsageError("release of one handle twice")
+            for handle in handles:
+                if self._page_bytes.get(handle) != page_bytes:
+                    raise UsageError(f"release of handle {handle}, which is no live page of {page_bytes} bytes")
+                if self._n_mappings[handle]:
+                    raise UsageError(f"release of handle {handle}, which is mapped")
+        n_done = 0
+        try:
+            self.inner.release(page_bytes, handles)
+            n_done = len(handles)
+        except VmemError as error:
+            n_done = error.n_done
+            raise
+        finally:
+            with self._lock:
+                for handle in handles[:n_done]:
+                    del self._page_bytes[handle], self._n_mappings[handle]
+
+    def scrub(self, spans: Sequence[Span]) -> None:
+        with self._lock:
+            for span in spans:
+                pages = self._whole_mappings("scrub", span)
+                if not self._accessible.issuperset(pages):
+                    raise UsageError(f"scrub at {span[0]:#x} before set_access")
+        self.inner.scrub(spans)
+
+    def bind_thread(self) -> None:
+        self.inner.bind_thread()
+
+    def fence(self) -> Fence:
+        return self.inner.fence()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._reservations or self._page_bytes:
+                raise UsageError(
+                    f"close with {len(self._reservations)} reservations and {len(self._page_bytes)} pages left"
+                )
+        self.inner.close()
+
+    def _require_multiple(self, operation: str, value: int, *, allow_zero: bool = False) -> None:
+        granularity = self.info.granularity_bytes
+        if value % granularity or value < 0 or (value == 0 and not allow_zero):
+            raise UsageError(f"{operation}: {value:#x} is not a positive multiple of {granularity}")
+
+    def _covering(self, address: int, page_bytes: int) -> bool:
+        """Whether something is mapped in `[address, address + page_bytes)`."""
+        step = self.info.granularity_bytes
+        if any(a in self._mapped for a in range(address, address + page_bytes, step)):
+            return True
+        sizes = set(self._page_bytes.values())
+        before = (a for size in sizes for a in range(address - size + step, address, step))
+        return any(a in self._mapped and a + self._page_bytes[self._mapped[a]] > address for a in before)
+
+    def _whole_mappings(self, operation: str, span: Span) -> list[int]:
+        """The addresses of the mappings that fill `span` exactly."""
+        address, n_bytes = span
+        end, pages = address + n_bytes, []
+        while address < end:
+            handle = self._mapped.get(address)
+            if handle is None:
+                raise UsageError(f"{operation} of [{span[0]:#x}, {end:#x}): no mapping begins at {address:#x}")
+            pages.append(address)
+            address += self._page_bytes[handle]
+        if address != end or not pages:
+            raise UsageError(f"{operation} of [{span[0]:#x}, {end:#x}) cuts a mapping or is empty")
+        return pages

@@ -1,0 +1,295 @@
+"""The pool: physical pages that we own, their budget, and the books that every cache on it shares.
+
+    n_free + n_in_flight + n_mapped + n_quarantined == n_owned <= max_pages
+
+A page is *in flight* between `take` and the moment it is mapped (or unmapped and given back). A page whose unmap
+or release failed is *quarantined*: counted, never reused.
+
+Guarantees: after an exception nothing has changed, but for pages that had to be quarantined. The pool carries the
+one lock of all caches on it, and holds it for bookkeeping only, never across a driver call.
+
+Assumptions: nobody else creates pages of this size on this driver.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from vmem_kv.driver.base import Driver, Handle
+from vmem_kv.errors import ConfigError, InvariantError, OutOfMappings, OutOfPages, UsageError, VmemError
+from vmem_kv.units import format_bytes
+
+BUDGET_SHARE = 0.9
+"""Share of the memory that is available at the start which a pool may promise; the rest is the system's."""
+
+
+class Reclaimer(Protocol):
+    """A cache on the pool, seen as somebody who may have warm pages to give."""
+
+    def reclaim(self, n_pages: int) -> int:
+        """Unmap warm slots until `n_pages` pages went back to the pool; return how many did."""
+
+    def n_warm_pages(self) -> int:
+        """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
+
+    def n_mapped_pages(self) -> int:
+        """Pages mapped by this member. The caller holds the pool's lock."""
+
+
+class PagePool:
+    """Pages of one size on one driver.
+
+    Args:
+        driver: Who creates and releases them. The pool does not close it.
+        page_bytes: A multiple of the driver's granularity.
+        max_pages: The budget; None for as many as `BUDGET_SHARE` of the available memory holds.
+        keep_freed: Keep handles that come back for reuse; None for what pays on this driver.
+
+    Raises:
+        ConfigError: The page size does not fit the driver, or the machine (or its cgroup) cannot hold the budget.
+    """
+
+    def __init__(
+        self, driver: Driver, page_bytes: int, max_pages: int | None = None, *, keep_freed: bool | None = None
+    ) -> None:
+        granularity = driver.info.granularity_bytes
+        if page_bytes < granularity or page_bytes % granularity:
+            raise ConfigError(f"page_bytes is {page_bytes}; it must be a multiple of {granularity}")
+        self.driver = driver
+        self.page_bytes = page_bytes
+        self.max_pages = self._checked_budget(max_pages)
+        self.lock = threading.Condition(threading.Lock())
+        self.n_owned = 0
+        self.n_peak_owned = 0
+        self.n_in_flight = 0
+        self.n_mapped = 0
+        self.n_mappings = 0
+        self._free: list[Handle] = []
+        self._quarantined: list[Handle] = []
+        self._keep_freed = driver.info.keeps_pay if keep_freed is None else keep_freed
+        self._members: weakref.WeakSet[Reclaimer] = weakref.WeakSet()
+        self._pid = os.getpid()
+
+    @property
+    def n_free(self) -> int:
+        """Pages that are owned and mapped nowhere, ready to be taken."""
+        return len(self._free)
+
+    @property
+    def n_quarantined(self) -> int:
+        """Pages that are lost until the driver is closed."""
+        return len(self._quarantined)
+
+    @property
+    def n_available(self) -> int:
+        """Pages that `take` could hand out now."""
+        return self.n_free + self.max_pages - self.n_owned
+
+    def join(self, member: Reclaimer) -> None:
+        """Make a cache's warm pages reachable for the others on this pool."""
+        self._members.add(member)
+
+    def require_owner(self) -> None:
+        """Raise UsageError in a forked child, before it touches a lock that nobody there will ever release."""
+        if os.getpid() != self._pid:
+            raise UsageError(f"this cache belongs to process {self._pid}; a forked child must open its own")
+
+    def take(self, places: Sequence[int]) -> tuple[list[Handle], int]:
+        """Return a handle per place, free ones first, and how many of them (the first ones) are used pages.
+
+        Used pages still hold their old bytes: scrub them before anybody may read them.
+
+        Raises:
+            OutOfPages: The budget or the device's memory is spent. Nothing changed.
+            DriverError: Creating a page failed. Nothing changed.
+        """
+        n_pages = len(places)
+        with self.lock:
+            n_new = max(0, n_pages - self.n_free)
+            if self.n_owned + n_new > self.max_pages:
+                raise OutOfPages(
+                    f"{n_pages} pages of {format_bytes(self.page_bytes)} are needed, {self.n_available} of "
+                    f"{self.max_pages} are available; retire sequences, shorten them or raise the budget (max_bytes)"
+                )
+            n_used = n_pages - n_new
+            handles = self._free[len(self._free) - n_used :]
+            del self._free[len(self._free) - n_used :]
+            self.n_owned += n_new
+            self.n_in_flight += n_pages
+            self.n_peak_owned = max(self.n_peak_owned, self.n_owned)
+        if n_new:
+            created: list[Handle] = []
+            try:
+                self.driver.create(self.page_bytes, places[n_used:], created)
+            except VmemError:
+                with self.lock:
+                    self.n_owned -= n_new - len(created)
+                    self.n_in_flight -= n_pages - len(created)
+                    self._free += handles
+                    self.lock.notify_all()
+                self._release(created)
+                raise
+            handles += created
+        return handles, n_used
+
+    def give(self, handles: Sequence[Handle]) -> None:
+        """Take back pages that are mapped nowhere; keep them for reuse, or release them where keeping is not worth it.
+
+        Raises:
+            DriverError: A release failed; those pages are quarantined, the others are released.
+        """
+        if not self._keep_freed:
+            self._release(handles, raise_error=True)
+            return
+        with self.lock:
+            self.n_in_flight -= len(handles)
+            self._free += handles
+            self.lock.notify_all()
+
+    def trim(self, n_pages: int | None = None) -> int:
+        """Release up to `n_pages` free handles (all of them by default) to the driver; return how many.
+
+        Raises:
+            DriverError: A release failed; those pages are quarantined, the others are released.
+        """
+        with self.lock:
+            n_trimmed = self.n_free if n_pages is None else min(n_pages, self.n_free)
+            handles = self._free[:n_trimmed]
+            del self._free[:n_trimmed]
+            self.n_in_flight += n_trimmed
+        self._release(handles, raise_error=True)
+        return n_trimmed
+
+    def resize(self, max_pages: int) -> None:
+        """Change the budget while running: trim and reclaim warm slots where the new one is below what is owned.
+
+        Raises:
+            OutOfPages: Live pages alone exceed the new budget. Nothing changed.
+            DriverError: Giving pages back failed; the budget is unchanged.
+        """
+        self._checked_budget(max_pages)
+        members = list(self._members)
+        with self.lock:
+            n_excess = self.n_owned - max_pages
+            n_givable = self.n_free + sum(member.n_warm_pages() for member in members)
+        if n_excess > n_givable:
+            raise OutOfPages(
+                f"a budget of {max_pages} pages is below the {self.n_owned - n_givable} pages in use; "
+                "retire sequences first"
+            )
+        while (n_excess := self.n_owned - max_pages) > 0:
+            if not self.trim(n_excess) and not self.make_room(n_excess):
+                raise OutOfPages(f"{n_excess} pages are still in use; wait for their fences and resize again")
+        with self.lock:
+            self.max_pages = max_pages
+
+    def make_room(self, n_pages: int, first: Reclaimer | None = None) -> int:
+        """Reclaim warm slots, of `first` before the others, until `n_pages` pages came back; return how many did.
+
+        Raises:
+            DriverError: An unmap or release failed; what could be given back was.
+        """
+        n_freed = 0
+        members = [member for member in list(self._members) if member is not first]
+        for member in ([first] if first is not None else []) + members:
+            if n_freed < n_pages:
+                n_freed += member.reclaim(n_pages - n_freed)
+        return n_freed
+
+    def quarantine(self, handles: Iterable[Handle]) -> None:
+        """Set pages aside whose unmap or release failed. They count as in flight before the call."""
+        lost = list(handles)
+        with self.lock:
+            self.n_in_flight -= len(lost)
+            self._quarantined += lost
+
+    def readmit(self, handles: Sequence[Handle]) -> None:
+        """Take pages out of quarantine that could be unmapped after all.
+
+        Raises:
+            DriverError: A release failed; see `give`.
+        """
+        with self.lock:
+            for handle in handles:
+                self._quarantined.remove(handle)
+            self.n_in_flight += len(handles)
+        self.give(handles)
+
+    def charge_mappings(self, n_mappings: int) -> None:
+        """Count mappings before they are made.
+
+        Raises:
+            OutOfMappings: The driver's limit would be passed. Nothing changed.
+        """
+        with self.lock:
+            limit = self.driver.info.max_mappings
+            if self.n_mappings + n_mappings > limit:
+                raise OutOfMappings(
+                    f"{n_mappings} more mappings are needed, {self.n_mappings} of {limit} are used; "
+                    "use larger pages, a layout with fewer planes, or raise vm.max_map_count"
+                )
+            self.n_mappings += n_mappings
+
+    def refund_mappings(self, n_mappings: int) -> None:
+        """Count mappings that are gone, or were charged and not made."""
+        with self.lock:
+            self.n_mappings -= n_mappings
+
+    def check(self) -> None:
+        """Verify the equation of this file's first lines. The caller holds the lock.
+
+        Raises:
+            InvariantError: It does not hold.
+        """
+        n_known = self.n_free + self.n_in_flight + self.n_mapped + self.n_quarantined
+        counts = (self.n_free, self.n_in_flight, self.n_mapped, self.n_quarantined, self.n_mappings)
+        if n_known != self.n_owned or self.n_owned > self.max_pages or min(counts) < 0:
+            raise InvariantError(f"the pool's books do not add up: {self._dump()}")
+        if len({*self._free, *self._quarantined}) != self.n_free + self.n_quarantined:
+            raise InvariantError(f"a handle is in the pool twice: {self._dump()}")
+        n_in_regions = sum(member.n_mapped_pages() for member in list(self._members))
+        if n_in_regions != self.n_mapped:
+            raise InvariantError(f"the regions hold {n_in_regions} mapped pages: {self._dump()}")
+
+    def _release(self, handles: Sequence[Handle], *, raise_error: bool = False) -> None:
+        """Release in-flight pages; quarantine those that the driver does not take."""
+        rest, failure = list(handles), None
+        while rest:
+            try:
+                self.driver.release(self.page_bytes, rest)
+                n_done = len(rest)
+            except VmemError as error:
+                failure, n_done = error, error.n_done
+                self.quarantine(rest[n_done : n_done + 1])
+            with self.lock:
+                self.n_owned -= n_done
+                self.n_in_flight -= n_done
+                self.lock.notify_all()
+            rest = rest[n_done + (failure is not None) :] if n_done < len(rest) else []
+        if failure is not None and raise_error:
+            raise failure
+
+    def _checked_budget(self, max_pages: int | None) -> int:
+        memory_bytes = self.driver.info.memory_bytes
+        n_affordable = int(memory_bytes * BUDGET_SHARE) // self.page_bytes
+        if max_pages is None:
+            max_pages = n_affordable
+        if max_pages < 1:
+            raise ConfigError(f"max_pages is {max_pages}; a pool needs at least one page")
+        if max_pages > n_affordable:
+            raise ConfigError(
+                f"a pool of {format_bytes(max_pages * self.page_bytes)} does not fit: {format_bytes(memory_bytes)} are "
+                f"available here (machine and cgroup), of which {BUDGET_SHARE:.0%} may be promised; "
+                f"lower max_bytes to {format_bytes(n_affordable * self.page_bytes)} or less"
+            )
+        return max_pages
+
+    def _dump(self) -> str:
+        return (
+            f"free={self.n_free} in_flight={self.n_in_flight} mapped={self.n_mapped} "
+            f"quarantined={self.n_quarantined} owned={self.n_owned} budget={self.max_pages} mappings={self.n_mappings}"
+        )
