@@ -193,6 +193,11 @@ class KVCache:
                 self._unbusy([victim])
         return n_freed
 
+    def active_slots(self) -> list[SlotId]:
+        """The slots that belong to sequences now."""
+        with self.pool.lock:
+            return list(self._slots.capacity)
+
     def n_warm_pages(self) -> int:
         """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
         return sum(self.region.n_pages(s) for s in self._slots.warm if s not in self._slots.busy)

@@ -32,6 +32,11 @@ class CacheStats:
     live_bytes: int
     driver_calls: Mapping[str, int] = field(default_factory=dict)  # since the driver was opened
 
+    @classmethod
+    def empty(cls) -> CacheStats:
+        """The snapshot of a cache that has not opened its pool yet."""
+        return cls(*[0] * 14)
+
     @property
     def n_owned_pages(self) -> int:
         """All pages that the pool owns."""

@@ -1,0 +1,404 @@
+"""One layer's K and V for a batch of sequences that step together, as growing tensors.
+
+    store = RowStore(CacheConfig(), n_layers=30)       one driver and one pool, opened at the first use
+    rows = store.open_rows(spec, torch.float32, 4)     addresses only
+    rows.append(k, v); k, v = rows.views()
+
+Guarantees: K and V are written in place; `views` returns views of exactly the used tokens, at an address that
+never changes. A call that raises a CapacityError or UsageError changed nothing. Memory goes back when `close` is
+called, or when the last tensor that looks at it has died.
+
+Assumptions: one thread at a time per store. Not for autograd: states are stored detached.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+
+from vmem_kv.cache import KVCache
+from vmem_kv.config import CacheConfig
+from vmem_kv.driver.base import Driver
+from vmem_kv.driver.host import HostDriver
+from vmem_kv.errors import ConfigError, UsageError, VmemError
+from vmem_kv.growth import SlotId
+from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
+from vmem_kv.pages import PagePool
+from vmem_kv.stats import CacheStats
+from vmem_kv.tensors import RegionTensors
+from vmem_kv.units import format_bytes
+
+DEFAULT_MAX_TOKENS = 32_768
+DEFAULT_EXPECTED_TOKENS = 4_096
+
+
+class RowStore:
+    """A driver and a pool for the layers of one model, opened when the first layer's shape is known.
+
+    Args:
+        config: How to use memory.
+        n_layers: How many layers will share it; layout and page size are chosen for all of them.
+    """
+
+    def __init__(self, config: CacheConfig, n_layers: int = 1) -> None:
+        self.config = config
+        self.max_tokens = config.max_tokens or DEFAULT_MAX_TOKENS
+        self.choice: Choice | None = None
+        self._n_layers = max(1, n_layers)
+        self._pool: PagePool | None = None
+        self._caches: set[KVCache] = set()
+        self._orphans: deque[KVCache] = deque()
+        """Caches whose last tensor died at a moment when they could not be closed (see `_abandon`)."""
+        self._last_stats = CacheStats.empty()
+
+    def open_rows(self, spec: LayerSpec, dtype: torch.dtype, n_rows: int) -> LayerRows:
+        """Reserve addresses for `n_rows` sequences of one layer. No memory is mapped.
+
+        Raises:
+            ConfigError: The configuration does not fit this machine.
+            OutOfAddressSpace: The reservation is too large.
+        """
+        self._close_orphans()
+        pool, choice = self._open_pool(spec, n_rows)
+        layout = Layout.build(
+            choice.kind, [spec], n_slots=n_rows, max_tokens=self.max_tokens, page_bytes=pool.page_bytes
+        )
+        cache = KVCache(pool, layout)
+        self._caches.add(cache)
+        return LayerRows(self, cache, dtype, n_rows)
+
+    def stats(self) -> CacheStats:
+        """Return the sum over all rows; once everything is closed, what it was just before the driver closed."""
+        self._close_orphans()
+        pool = self._pool
+        if pool is None:
+            return self._last_stats
+        parts = [cache.stats() for cache in self._caches]
+        n_live, n_warm, n_pending = (
+            sum(getattr(part, name) for part in parts)
+            for name in ("n_live_pages", "n_warm_pages", "n_pending_pages")
+        )
+        with pool.lock:
+            return CacheStats(
+                page_bytes=pool.page_bytes,
+                max_pages=pool.max_pages,
+                n_free_pages=pool.n_free,
+                n_in_flight_pages=pool.n_in_flight,
+                n_live_pages=n_live,
+                n_warm_pages=n_warm,
+                n_pending_pages=n_pending,
+                n_elsewhere_pages=pool.n_mapped - n_live - n_warm - n_pending,
+                n_quarantined_pages=pool.n_quarantined,
+                n_peak_owned_pages=pool.n_peak_owned,
+                n_mappings=pool.n_mappings,
+                max_mappings=pool.driver.info.max_mappings,
+                virtual_bytes=sum(part.virtual_bytes for part in parts),
+                live_bytes=sum(part.live_bytes for part in parts),
+                driver_calls=dict(pool.driver.calls),
+            )
+
+    def check(self) -> None:
+        """Verify the books of all rows. Raises InvariantError."""
+        for cache in self._caches:
+            cache.check()
+
+    def trim(self) -> int:
+        """Unmap all warm slots and release all free pages; return how many pages came free.
+
+        Raises:
+            DriverError: See `KVCache.reclaim`.
+        """
+        pool = self._pool
+        if pool is None:
+            return 0
+        n_owned = pool.n_owned
+        pool.make_room(pool.max_pages)
+        pool.trim()
+        return n_owned - pool.n_owned
+
+    def close_cache(self, cache: KVCache) -> None:
+        """Retire what is left in a cache and close it; with the last one, give everything back to the system.
+
+        Raises:
+            DriverError: Memory could not be given back; call again to try again.
+        """
+        pool = cache.pool
+        pool.require_owner()
+        cache.retire(cache.active_slots())
+        self._last_stats = self.stats()
+        cache.close()
+        self._caches.discard(cache)
+        if not self._caches and pool is self._pool:
+            pool.trim()
+            pool.driver.close()
+            self._pool = None
+            # What is left to tell is history: the peak and the calls.
+            self._last_stats = replace(
+                self._last_stats,
+                n_free_pages=0,
+                n_live_pages=0,
+                n_warm_pages=0,
+                n_pending_pages=0,
+                n_mappings=0,
+                virtual_bytes=0,
+                live_bytes=0,
+                driver_calls=dict(pool.driver.calls),
+            )
+
+    def abandon(self, cache: KVCache) -> None:
+        """Close a cache whose last tensor has died, from a finalizer.
+
+        A finalizer can run anywhere, also in a thread that holds the pool's lock just now: then the cache waits for
+        the next call on this store. Nobody is there to hear of an error: its pages stay counted in the pool.
+        """
+        if not cache.pool.lock.acquire(blocking=False):
+            self._orphans.append(cache)
+            return
+        cache.pool.lock.release()
+        with suppress(VmemError):
+            self.close_cache(cache)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RowStore:
+        return self  # a copied cache draws on the same pool
+
+    def _close_orphans(self) -> None:
+        while self._orphans:
+            self.close_cache(self._orphans.popleft())
+
+    def _open_pool(self, spec: LayerSpec, n_rows: int) -> tuple[PagePool, Choice]:
+        if self._pool is not None and self.choice is not None:
+            return self._pool, self.choice
+        config = self.config
+        driver: Driver = HostDriver(config.host_path, huge_pages=config.huge_pages)
+        try:
+            choice = choose_layout(
+                driver.info,
+                [spec] * self._n_layers,
+                n_slots=n_rows,
+                expected_tokens=min(config.expected_tokens or DEFAULT_EXPECTED_TOKENS, self.max_tokens),
+                kind=config.layout,
+                page_bytes=config.page_bytes,
+            )
+            max_pages = None
+            if config.max_bytes is not None:
+                max_pages = config.max_bytes // choice.page_bytes
+                if max_pages == 0:
+                    raise ConfigError(
+                        f"max_bytes is {config.max_bytes}, less than one page of {format_bytes(choice.page_bytes)}; "
+                        "raise it or set a smaller page_bytes"
+                    )
+            self._pool = PagePool(driver, choice.page_bytes, max_pages)
+        except VmemError:
+            driver.close()
+            raise
+        self.choice = choice
+        return self._pool, choice
+
+
+class LayerRows:
+    """K and V of one layer: `[n_rows, n_heads, n_tokens, head_dim]`, `n_rows` up to what it was opened for."""
+
+    def __init__(self, store: RowStore, cache: KVCache, dtype: torch.dtype, n_rows: int) -> None:
+        self.store = store
+        self.cache = cache
+        self.dtype = dtype
+        self.max_rows = n_rows
+        self.first_token = 0
+        """Tokens before this one were given up by `slide`."""
+        self.n_tokens = 0
+        """Tokens written, counted from the sequence's start."""
+        self._slots: Sequence[SlotId] = ()
+        self._closed = False
+        # Bound to the store and the cache, not to this object, which would otherwise keep itself alive.
+        self._tensors = RegionTensors(cache, functools.partial(store.abandon, cache))
+        self.start(n_rows)
+
+    @property
+    def n_rows(self) -> int:
+        """Sequences in the batch; 0 after `stop`."""
+        return len(self._slots)
+
+    @property
+    def spec(self) -> LayerSpec:
+        """Heads and sizes of K and V."""
+        return self.cache.layout.layers[0]
+
+    def start(self, n_rows: int) -> None:
+        """Begin `n_rows` empty sequences, on warm memory where there is some.
+
+        Raises:
+            OutOfSlots: `n_rows` is more than this was opened for. Nothing changed.
+        """
+        self._require_open()
+        self._take_slots(self.cache.acquire_adjacent(n_rows))
+        self.first_token = self.n_tokens = 0
+
+    def stop(self) -> None:
+        """End the sequences. Their memory stays mapped for the next `start`."""
+        if self._slots:
+            self.cache.retire(self._slots)
+        self._slots = ()
+        self.first_token = self.n_tokens = 0
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write the next tokens of every row.
+
+        Args:
+            key_states: `[n_rows, n_heads, n, head_dim]`, any strides.
+            value_states: The same, with V's heads and size.
+
+        Raises:
+            OutOfPages, OutOfMappings, OutOfAddressSpace: There is no room for them. Nothing changed.
+            UsageError: Rows, heads, size, dtype or device are not those of this layer. Nothing changed.
+        """
+        n_tokens = self.n_tokens + key_states.shape[2]
+        if (key_states.shape, value_states.shape) != self._expected_shapes(key_states.shape[2]) or not (
+            key_states.dtype is value_states.dtype is self.dtype and key_states.is_cpu and value_states.is_cpu
+        ):
+            self._refuse(key_states, value_states)
+        self.cache.ensure(dict.fromkeys(self._slots, n_tokens))
+        self._keys.write(self.n_tokens, key_states)
+        self._values.write(self.n_tokens, value_states)
+        self.n_tokens = n_tokens
+
+    def views(self, first_token: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K and V from `first_token` (default: the first kept) to the end, without copying."""
+        first = self.first_token if first_token is None else first_token
+        return self._keys.cut(first, self.n_tokens), self._values.cut(first, self.n_tokens)
+
+    def truncate(self, n_tokens: int) -> None:
+        """Drop the tokens from `n_tokens` on; their pages stay for the next ones.
+
+        Raises:
+            UsageError: `n_tokens` is beyond the length, or before what `slide` gave up. Nothing changed.
+        """
+        if not self.first_token <= n_tokens <= self.n_tokens:
+            raise UsageError(f"truncate to {n_tokens} in rows that hold [{self.first_token}, {self.n_tokens})")
+        self.cache.ensure(dict.fromkeys(self._slots, n_tokens))
+        self.n_tokens = n_tokens
+
+    def slide(self, first_token: int) -> None:
+        """Give up the tokens before `first_token`; whole pages before it go back to the pool.
+
+        Raises:
+            DriverError: See `KVCache.slide`.
+        """
+        if first_token > self.first_token:
+            for slot_id in self._slots:
+                self.cache.slide(slot_id, first_token)
+            self.first_token = first_token
+
+    def select(self, indices: torch.Tensor) -> LayerRows:
+        """Make row i a copy of what row `indices[i]` holds, for every i; rows that stay are not touched.
+
+        Returns:
+            These rows, or new ones where more are needed than there are: drop these then.
+
+        Raises:
+            CapacityError: No room for more rows. Nothing changed.
+            UsageError: An index is out of range. Nothing changed.
+        """
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
+            raise UsageError(f"rows {indices.tolist()} of a batch of {self.n_rows}")
+        n_rows = indices.numel()
+        if n_rows > self.n_rows:
+            return self._copy(indices)
+        changed = (indices != torch.arange(n_rows, device=indices.device)).nonzero().flatten()
+        if changed.numel():
+            for states in self.views():
+                states[changed] = states.index_select(0, indices[changed])
+        if n_rows < self.n_rows:
+            self.cache.retire(self._slots[n_rows:])
+            self._take_slots(self._slots[:n_rows])
+        return self
+
+    def copy(self) -> LayerRows:
+        """Return rows of their own with the same content.
+
+        Raises:
+            CapacityError: No room for them. Nothing changed.
+        """
+        return self._copy(torch.arange(self.n_rows))
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent.
+
+        Raises:
+            UsageError: Views made by `views` are still alive. Nothing changed: drop them and close again.
+            DriverError: Memory could not be given back; call again to try again.
+        """
+        if self._closed:
+            return
+        if self._slots:
+            del self._keys, self._values
+        if not self._tensors.let_go():
+            if self._slots:
+                self._take_slots(self._slots)
+            raise UsageError(
+                "tensors that look into the cache are still alive (cache.layers[i].keys, or attention inputs that "
+                "were kept); clone what you need, drop them, and close again"
+            )
+        self._closed = True
+        self._slots = ()
+        self.first_token = self.n_tokens = 0
+        self.store.close_cache(self.cache)
+
+    def _take_slots(self, slots: Sequence[SlotId]) -> None:
+        layout = self.cache.layout
+        self._slots = slots
+        self._keys = self._tensors.view(layout.keys[0], slots, self.dtype)
+        self._values = self._tensors.view(layout.values[0], slots, self.dtype)
+
+    def _copy(self, indices: torch.Tensor) -> LayerRows:
+        """Return new rows; row i holds what row `indices[i]` of these holds."""
+        self._require_open()
+        new = self.store.open_rows(self.spec, self.dtype, indices.numel())
+        try:
+            new.cache.ensure(dict.fromkeys(new._slots, self.n_tokens))
+        except VmemError:
+            new.close()
+            raise
+        new.n_tokens = self.n_tokens
+        new.slide(self.first_token)
+        for target, source in zip(new.views(), self.views(), strict=True):
+            for i, index in enumerate(indices.tolist()):
+                target[i].copy_(source[index])
+        return new
+
+    def _expected_shapes(self, n_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        key, value = self.spec
+        n_rows = len(self._slots)
+        return (n_rows, key.n_heads, n_tokens, key.head_dim), (n_rows, value.n_heads, n_tokens, value.head_dim)
+
+    def _refuse(self, key_states: torch.Tensor, value_states: torch.Tensor) -> NoReturn:
+        """Say why states do not belong to this layer, and what would."""
+        self._require_open()
+        for what, states, spec in zip("KV", (key_states, value_states), self.spec, strict=True):
+            if states.shape[0] != self.n_rows:
+                raise UsageError(
+                    f"the cache holds {self.n_rows} sequences, the model passes {states.shape[0]}; "
+                    "call reset() before a batch of another size, or use another cache"
+                )
+            if not states.is_cpu:
+                raise UsageError(f"the cache is on cpu, the model's {what} on {states.device}; move the model there")
+            if states.dtype is not self.dtype:
+                raise UsageError(
+                    f"the cache holds {self.dtype}, the model's {what} is {states.dtype}; "
+                    "make a new cache for a model of another dtype"
+                )
+            if (states.shape[1], states.shape[3]) != (spec.n_heads, spec.head_dim):
+                raise UsageError(
+                    f"the cache holds {spec.n_heads} heads of {spec.head_dim}, the model's {what} has "
+                    f"{states.shape[1]} of {states.shape[3]}; make a new cache for another model"
+                )
+        raise UsageError(f"K has {key_states.shape[2]} new tokens, V has {value_states.shape[2]}; pass as many of both")
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("the cache is closed; make a new one")

@@ -1,0 +1,98 @@
+"""Addresses as torch tensors: the first file, from the bottom up, that imports torch.
+
+Guarantees
+  * A tensor over the whole region never leaves this file: printing, cloning or pickling one would touch unmapped
+    memory. Users get views cut to a length, at an address that does not change as the sequence grows.
+  * The region stays reserved as long as any such view is alive: `on_unused` runs when the last one has died.
+
+A cut view may be read, written, printed, cloned. It must not be pickled or saved (torch would write the storage,
+holes included): clone it first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vmem_kv.cache import KVCache
+from vmem_kv.errors import ConfigError
+from vmem_kv.growth import SlotId
+from vmem_kv.layout import Strides
+
+
+class RegionTensors:
+    """The region of a cache on the CPU, seen by torch.
+
+    Args:
+        cache: Whose region.
+        on_unused: Called once, when this object and every view made from it are gone.
+
+    Raises:
+        ConfigError: The cache's device is not the CPU.
+    """
+
+    def __init__(self, cache: KVCache, on_unused: Callable[[], None]) -> None:
+        device = cache.pool.driver.info.device
+        if device != "cpu":
+            raise ConfigError(f"no torch tensors over memory on {device!r}; only 'cpu' is supported")
+        reservation = cache.region.reservation
+
+        # A class of its own, because instances of the plain ctypes type cannot be referenced weakly.
+        class Bytes(ctypes.c_char * reservation.n_bytes):  # type: ignore[misc]
+            pass
+
+        self._when_unused = on_unused
+        self._look(Bytes.from_address(reservation.base))
+
+    def let_go(self) -> bool:
+        """Drop this object's own hold on the region, if it is the last one.
+
+        Returns:
+            True: nothing looks into the region any more, `on_unused` will not run, and this object is spent.
+            False: views are still out, and nothing changed.
+        """
+        buffer = weakref.ref(self._buffer)
+        self._unused.detach()
+        del self._bytes, self._buffer
+        alive = buffer()
+        if alive is None:
+            return True
+        self._look(alive)
+        return False
+
+    def view(self, strides: Strides, slot_ids: Sequence[SlotId], dtype: torch.dtype) -> GrowingView:
+        """Return the K or V of one layer for neighbouring slots."""
+        spec, item = strides.spec, strides.spec.element_bytes
+        full = self._bytes.view(dtype).as_strided(
+            (len(slot_ids), spec.n_heads, strides.slot_bytes // strides.token_bytes, spec.head_dim),
+            (strides.slot_bytes // item, strides.head_bytes // item, strides.token_bytes // item, 1),
+            (strides.offset_bytes + slot_ids[0] * strides.slot_bytes) // item,
+        )
+        return GrowingView(full)
+
+    def _look(self, buffer: ctypes.Array[ctypes.c_char]) -> None:
+        self._buffer = buffer
+        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._unused = weakref.finalize(buffer, self._when_unused)
+        self._unused.atexit = False  # the process's end frees everything, and daemon threads may still read
+
+
+class GrowingView:
+    """One layer's K or V as `[n_slots, n_heads, n_tokens, head_dim]`, cut to what is mapped by whoever uses it."""
+
+    def __init__(self, full: torch.Tensor) -> None:
+        self._full = full
+
+    def cut(self, first_token: int, end_token: int) -> torch.Tensor:
+        """Return tokens `[first_token, end_token)`, a view. They must be mapped."""
+        return self._full.narrow(2, first_token, end_token - first_token)
+
+    def write(self, first_token: int, states: torch.Tensor) -> None:
+        """Copy `states` `[n_slots, n_heads, n, head_dim]` in place, from `first_token` on. The range must be mapped."""
+        self._full.narrow(2, first_token, states.shape[2]).copy_(states.detach())
+
+    def __repr__(self) -> str:
+        return f"GrowingView(shape={tuple(self._full.shape)}, dtype={self._full.dtype})"
