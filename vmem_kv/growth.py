@@ -66,7 +66,8 @@ def plan_growth(
     for slot_id, n_tokens in lengths.items():
         if n_tokens > layout.max_tokens:
             raise OutOfAddressSpace(
-                f"{n_tokens} tokens do not fit in a slot of {layout.max_tokens}; open the cache with a larger max_tokens"
+                f"{n_tokens} tokens do not fit in a slot of {layout.max_tokens}; "
+                "open the cache with a larger max_tokens"
             )
         for plane_index, (plane, pages) in enumerate(zip(layout.planes, mapped[slot_id], strict=True)):
             end = -(-n_tokens * plane.token_bytes // page_bytes)

@@ -104,9 +104,7 @@ class Layout:
     values: tuple[Strides, ...]
 
     @classmethod
-    def build(
-        cls, kind: str, layers: Sequence[LayerSpec], *, n_slots: int, max_tokens: int, page_bytes: int
-    ) -> Layout:
+    def build(cls, kind: str, layers: Sequence[LayerSpec], *, n_slots: int, max_tokens: int, page_bytes: int) -> Layout:
         """Lay out `layers` for `n_slots` sequences of up to `max_tokens` tokens.
 
         Raises:

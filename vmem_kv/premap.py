@@ -68,9 +68,7 @@ class Premapper:
     def wait_idle(self, timeout_s: float = 10.0) -> bool:
         """Wait until no request is open or the thread is dead; return whether that came true in time."""
         with self._wake:
-            return self._wake.wait_for(
-                lambda: (self._idle and self._request is None) or not self.is_alive, timeout_s
-            )
+            return self._wake.wait_for(lambda: (self._idle and self._request is None) or not self.is_alive, timeout_s)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread and wait for it. Idempotent.
@@ -103,7 +101,7 @@ class Premapper:
                     self.n_pages += self._cache.premap(lengths)
                 except CapacityError:
                     self.n_skipped += 1
-        except BaseException as error:  # noqa: BLE001 - whatever ends the thread must be readable from outside
+        except BaseException as error:  # whatever ends the thread must be readable from outside
             self.error = error
             _LOG.warning("premapping ended, mapping is synchronous from now on: %s", error)
         finally:

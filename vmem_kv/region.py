@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from vmem_kv.driver.base import Handle, Span
 from vmem_kv.errors import InvariantError, VmemError
@@ -143,9 +144,7 @@ class Region:
             InvariantError: They do not.
         """
         for slot_id, ranges in self.mapped.items():
-            for plane, (first, end), handles in zip(
-                self.layout.planes, ranges, self._handles[slot_id], strict=True
-            ):
+            for plane, (first, end), handles in zip(self.layout.planes, ranges, self._handles[slot_id], strict=True):
                 if not 0 <= first <= end <= plane.span_bytes // self.layout.page_bytes:
                     raise InvariantError(f"slot {slot_id}: pages [{first}, {end}) lie outside of its plane")
                 if end - first != len(handles) or len(set(handles)) != len(handles):
@@ -207,7 +206,7 @@ class Region:
         info, step = self.pool.driver.info, self.layout.page_bytes
         n_runs = len(handles)
         if info.neighbours_merge:
-            n_runs -= sum(b - a == step for a, b in zip(handles, handles[1:], strict=False))
+            n_runs -= sum(b - a == step for a, b in pairwise(handles))
         return n_runs * info.mappings_per_run
 
 

@@ -31,7 +31,7 @@ from vmem_kv.growth import SlotId
 from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
 from vmem_kv.pages import PagePool
 from vmem_kv.stats import CacheStats
-from vmem_kv.tensors import RegionTensors
+from vmem_kv.tensors import GrowingView, RegionTensors
 from vmem_kv.units import format_bytes
 
 DEFAULT_MAX_TOKENS = 32_768
@@ -81,8 +81,7 @@ class RowStore:
             return self._last_stats
         parts = [cache.stats() for cache in self._caches]
         n_live, n_warm, n_pending = (
-            sum(getattr(part, name) for part in parts)
-            for name in ("n_live_pages", "n_warm_pages", "n_pending_pages")
+            sum(getattr(part, name) for part in parts) for name in ("n_live_pages", "n_warm_pages", "n_pending_pages")
         )
         with pool.lock:
             return CacheStats(
@@ -214,9 +213,11 @@ class LayerRows:
         self.n_tokens = 0
         """Tokens written, counted from the sequence's start."""
         self._slots: Sequence[SlotId] = ()
-        self._closed = False
-        # Bound to the store and the cache, not to this object, which would otherwise keep itself alive.
-        self._tensors = RegionTensors(cache, functools.partial(store.abandon, cache))
+        self._is_given_back = False
+        self._tensors: RegionTensors | None = None
+        self._keys: GrowingView | None = None
+        self._values: GrowingView | None = None
+        self._look()
         self.start(n_rows)
 
     @property
@@ -244,6 +245,7 @@ class LayerRows:
         if self._slots:
             self.cache.retire(self._slots)
         self._slots = ()
+        self._keys = self._values = None
         self.first_token = self.n_tokens = 0
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -262,6 +264,8 @@ class LayerRows:
             key_states.dtype is value_states.dtype is self.dtype and key_states.is_cpu and value_states.is_cpu
         ):
             self._refuse(key_states, value_states)
+        if self._keys is None or self._values is None:
+            raise UsageError("the rows were stopped or closed; start them first")
         self.cache.ensure(dict.fromkeys(self._slots, n_tokens))
         self._keys.write(self.n_tokens, key_states)
         self._values.write(self.n_tokens, value_states)
@@ -269,6 +273,8 @@ class LayerRows:
 
     def views(self, first_token: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V from `first_token` (default: the first kept) to the end, without copying."""
+        if self._keys is None or self._values is None:
+            raise UsageError("the rows were stopped or closed; start them first")
         first = self.first_token if first_token is None else first_token
         return self._keys.cut(first, self.n_tokens), self._values.cut(first, self.n_tokens)
 
@@ -327,33 +333,36 @@ class LayerRows:
         return self._copy(torch.arange(self.n_rows))
 
     def close(self) -> None:
-        """Give the memory back. Idempotent.
+        """Give the memory back; see `close_rows`."""
+        close_rows([self])
 
-        Raises:
-            UsageError: Views made by `views` are still alive. Nothing changed: drop them and close again.
-            DriverError: Memory could not be given back; call again to try again.
-        """
-        if self._closed:
-            return
-        if self._slots:
-            del self._keys, self._values
-        if not self._tensors.let_go():
-            if self._slots:
+    def _let_go(self) -> bool:
+        """Drop our own tensors if they are the last ones; else change nothing and return False."""
+        if self._tensors is not None:
+            self._keys = self._values = None
+            if not self._tensors.let_go():
                 self._take_slots(self._slots)
-            raise UsageError(
-                "tensors that look into the cache are still alive (cache.layers[i].keys, or attention inputs that "
-                "were kept); clone what you need, drop them, and close again"
-            )
-        self._closed = True
-        self._slots = ()
-        self.first_token = self.n_tokens = 0
-        self.store.close_cache(self.cache)
+                return False
+            self._tensors = None
+        return True
+
+    def _look(self) -> None:
+        self._tensors = RegionTensors(self.cache, functools.partial(self.store.abandon, self.cache))
+        self._take_slots(self._slots)
+
+    def _give_back(self) -> None:
+        if not self._is_given_back:
+            self.store.close_cache(self.cache)
+            self._is_given_back = True
+            self._slots = ()
+            self.first_token = self.n_tokens = 0
 
     def _take_slots(self, slots: Sequence[SlotId]) -> None:
-        layout = self.cache.layout
         self._slots = slots
-        self._keys = self._tensors.view(layout.keys[0], slots, self.dtype)
-        self._values = self._tensors.view(layout.values[0], slots, self.dtype)
+        if slots and self._tensors is not None:
+            layout = self.cache.layout
+            self._keys = self._tensors.view(layout.keys[0], slots, self.dtype)
+            self._values = self._tensors.view(layout.values[0], slots, self.dtype)
 
     def _copy(self, indices: torch.Tensor) -> LayerRows:
         """Return new rows; row i holds what row `indices[i]` of these holds."""
@@ -400,5 +409,26 @@ class LayerRows:
         raise UsageError(f"K has {key_states.shape[2]} new tokens, V has {value_states.shape[2]}; pass as many of both")
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self._tensors is None:
             raise UsageError("the cache is closed; make a new one")
+
+
+def close_rows(rows: Sequence[LayerRows]) -> None:
+    """Give the memory of several layers back: of all of them or, while somebody still looks into one, of none.
+
+    Idempotent.
+
+    Raises:
+        UsageError: Views made by `views` are still alive. Nothing changed: drop them and close again.
+        DriverError: Memory could not be given back; call again to try again.
+    """
+    for i, layer in enumerate(rows):
+        if not layer._let_go():
+            for earlier in rows[:i]:
+                earlier._look()
+            raise UsageError(
+                "tensors that look into the cache are still alive (cache.layers[i].keys, or attention inputs that "
+                "were kept); clone what you need, drop them, and close again"
+            )
+    for layer in rows:
+        layer._give_back()

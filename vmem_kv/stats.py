@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class CacheStats:
     @classmethod
     def empty(cls) -> CacheStats:
         """The snapshot of a cache that has not opened its pool yet."""
-        return cls(*[0] * 14)
+        zeros: dict[str, Any] = dict.fromkeys((f.name for f in fields(cls) if f.name != "driver_calls"), 0)
+        return cls(**zeros)
 
     @property
     def n_owned_pages(self) -> int:

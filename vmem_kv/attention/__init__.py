@@ -1,0 +1,1 @@
+"""Attention functions over slots, one file per kernel."""

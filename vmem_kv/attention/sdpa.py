@@ -58,9 +58,10 @@ def packed_sdpa_attention(
             )
     n_groups = query.shape[1] // key.shape[1]
     if query.shape[2] != 1 or n_groups == 1 or dropout or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return stock
     batch, n_heads, _, head_dim = query.shape
     packed = query.reshape(batch, key.shape[1], n_groups, head_dim)
     if attention_mask is not None and attention_mask.shape[1] != 1:

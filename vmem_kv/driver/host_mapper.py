@@ -49,9 +49,7 @@ class Mapper(Protocol):
     def release(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
         """Give file pages back to the system."""
 
-    def map(
-        self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int
-    ) -> tuple[int, int]:
+    def map(self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
         """Map file pages over reserved addresses, readable and writable."""
 
     def unmap(self, addresses: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
@@ -69,9 +67,7 @@ class SyscallMapper:
     def release(self, fd: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
         return _fallocate_runs(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsets, page_bytes)
 
-    def map(
-        self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int
-    ) -> tuple[int, int]:
+    def map(self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
         flags = MAP_SHARED | MAP_FIXED | MAP_POPULATE
         first, n = 0, len(addresses)
         while first < n:
@@ -139,9 +135,7 @@ class NativeMapper:
         )
         return code, n_done.value
 
-    def map(
-        self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int
-    ) -> tuple[int, int]:
+    def map(self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
         n_done, address_items, offset_items = ctypes.c_size_t(), array("q", addresses), array("q", offsets)
         code = self._lib.vmem_host_map(
             fd,

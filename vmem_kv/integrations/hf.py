@@ -41,14 +41,17 @@ from vmem_kv.attention.sdpa import register
 from vmem_kv.config import CacheConfig
 from vmem_kv.errors import UsageError, VmemError
 from vmem_kv.layout import LayerSpec, TensorSpec
-from vmem_kv.rows import DEFAULT_MAX_TOKENS, LayerRows, RowStore
+from vmem_kv.rows import DEFAULT_MAX_TOKENS, LayerRows, RowStore, close_rows
 from vmem_kv.stats import CacheStats
 
 register()
 
 
-class VmemLayerMixin(DynamicLayer):  # type: ignore[misc]
+class VmemLayerMixin(DynamicLayer):
     """Storage of a stock layer class replaced by `LayerRows`; everything else is the stock class's."""
+
+    keys: Any  # a view of the tokens kept, `[n_rows, n_heads, n_tokens, head_dim]`; None before the first update
+    values: Any
 
     def __init__(self, store: RowStore, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -96,8 +99,6 @@ class VmemLayerMixin(DynamicLayer):  # type: ignore[misc]
             self._refresh()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        if isinstance(self, LinearAttentionLayer):
-            LinearAttentionLayer.reorder_cache(self, beam_idx)
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -115,15 +116,15 @@ class VmemLayerMixin(DynamicLayer):  # type: ignore[misc]
             self._rows.truncate(max(n_tokens, self._rows.first_token))
             self._refresh()
 
-    def close(self) -> None:
-        """Give this layer's memory back. See `VmemCache.close`."""
-        if self._rows is not None:
-            self.keys = self.values = None
-            try:
-                self._rows.close()
-            except UsageError:
-                self._refresh()
-                raise
+    def let_go(self) -> list[LayerRows]:
+        """Drop the tensors of this layer and return what there is to close."""
+        self.keys = self.values = None
+        return [] if self._rows is None else [self._rows]
+
+    def look_again(self) -> None:
+        """Undo `let_go`."""
+        if self._rows is not None and self.is_initialized:
+            self._refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VmemLayerMixin:
         clone = type(self).__new__(type(self))
@@ -164,8 +165,10 @@ class VmemLayer(VmemLayerMixin):
     """Full attention."""
 
 
-class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
     """Attention through a window. Pages behind it are given back; addresses stay."""
+
+    _sliding_window_tensor: Any
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         super().lazy_initialization(*args, **kwargs)
@@ -207,12 +210,24 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):  # type: igno
         self.keys, self.values = rows.views(first)
 
 
-class VmemHybridLayer(VmemLayerMixin, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
+class VmemHybridLayer(VmemLayerMixin, LinearAttentionAndFullAttentionLayer):
     """Full attention beside recurrent state in one layer; the state stays with the stock class."""
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self._select(beam_idx)
 
-class VmemHybridSlidingLayer(VmemSlidingLayer, LinearAttentionAndSlidingWindowAttentionLayer):  # type: ignore[misc]
+
+class VmemHybridSlidingLayer(VmemSlidingLayer, LinearAttentionAndSlidingWindowAttentionLayer):
     """Windowed attention beside recurrent state in one layer; the state stays with the stock class."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self._select(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        super().crop(tokens_to_remove)
 
 
 _LAYERS: dict[str, type[VmemLayerMixin]] = {
@@ -224,7 +239,7 @@ _LAYERS: dict[str, type[VmemLayerMixin]] = {
 }
 
 
-class VmemCache(DynamicCache):  # type: ignore[misc]
+class VmemCache(DynamicCache):
     """A `DynamicCache` over demand-mapped memory: `model.generate(..., past_key_values=VmemCache(model.config))`.
 
     Args:
@@ -283,7 +298,10 @@ class VmemCache(DynamicCache):  # type: ignore[misc]
         if self._closed:
             raise UsageError("the cache is closed; make a new VmemCache")
         try:
-            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
+                key_states, value_states, *args, **kwargs
+            )
+            return states
         except VmemError:
             n_tokens = self.layers[layer_idx].get_seq_length()
             for layer in self._our_layers():
@@ -318,8 +336,13 @@ class VmemCache(DynamicCache):  # type: ignore[misc]
             UsageError: Tensors that look into the cache are still alive; nothing is lost, close again without them.
             DriverError: Memory could not be given back; call again to try again.
         """
-        for layer in self._our_layers():
-            layer.close()
+        layers = self._our_layers()
+        try:
+            close_rows([rows for layer in layers for rows in layer.let_go()])
+        except UsageError:
+            for layer in layers:
+                layer.look_again()
+            raise
         self._closed = True
 
     def __enter__(self) -> VmemCache:
