@@ -15,7 +15,7 @@
 
 /* Bumped whenever a signature or its meaning changes; the Python side refuses any other number. */
 int vmem_host_abi(void) {
-    return 1;
+    return 2;
 }
 
 static int fallocate_uninterrupted(int fd, int mode, int64_t offset, int64_t n_bytes) {
@@ -25,6 +25,19 @@ static int fallocate_uninterrupted(int fd, int mode, int64_t offset, int64_t n_b
         }
     }
     return 0;
+}
+
+/* Map over a reserved range. A new mapping does not inherit MADV_DONTFORK from what it replaces: without it a forked
+ * child could write into the pages, and the range would no longer merge with the reservation around it. *n_done
+ * grows by n_items once the range has changed, also if the advice fails after that. */
+static int map_over(int64_t address, size_t n_bytes, int protection, int flags, int fd, int64_t offset, size_t n_items,
+                    size_t *n_done) {
+    void *start = (void *)(uintptr_t)address;
+    if (mmap(start, n_bytes, protection, flags | MAP_FIXED, fd, offset) == MAP_FAILED) {
+        return errno;
+    }
+    *n_done += n_items;
+    return madvise(start, n_bytes, MADV_DONTFORK) == 0 ? 0 : errno;
 }
 
 /* The number of items from `first` on whose offsets follow each other at page_bytes. */
@@ -68,12 +81,11 @@ int vmem_host_map(int fd, const int64_t *addresses, const int64_t *offsets, size
                offsets[first + run] == offsets[first + run - 1] + page_bytes) {
             run++;
         }
-        void *address = (void *)(uintptr_t)addresses[first];
-        if (mmap(address, run * (size_t)page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_POPULATE, fd,
-                 offsets[first]) == MAP_FAILED) {
-            return errno;
+        int error = map_over(addresses[first], run * (size_t)page_bytes, PROT_READ | PROT_WRITE,
+                             MAP_SHARED | MAP_POPULATE, fd, offsets[first], run, n_done);
+        if (error != 0) {
+            return error;
         }
-        *n_done += run;
     }
     return 0;
 }
@@ -81,11 +93,11 @@ int vmem_host_map(int fd, const int64_t *addresses, const int64_t *offsets, size
 /* Turn ranges back into reservation by mapping nothing over them; never munmap, which would open a hole that
  * another thread's mmap could take. */
 int vmem_host_unmap(const int64_t *addresses, const int64_t *lengths, size_t n, size_t *n_done) {
-    for (*n_done = 0; *n_done < n; (*n_done)++) {
-        void *address = (void *)(uintptr_t)addresses[*n_done];
-        if (mmap(address, (size_t)lengths[*n_done], PROT_NONE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
-            return errno;
+    for (*n_done = 0; *n_done < n;) {
+        int error = map_over(addresses[*n_done], (size_t)lengths[*n_done], PROT_NONE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, 1, n_done);
+        if (error != 0) {
+            return error;
         }
     }
     return 0;

@@ -14,6 +14,7 @@ have their own address as offset because another page has it (a handle that was 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import errno
@@ -82,9 +83,10 @@ class HostDriver(Driver):
         self._pid = os.getpid()
         self._close_fd = weakref.finalize(self, _close_quietly, self._fd)
         self._reservations: set[Reservation] = set()
-        self._pages: set[Handle] = set()
+        self._pages: dict[Handle, int] = {}  # live handles and their sizes
+        self._orphans: list[Span] = []  # live pages whose place is no longer reserved, by offset
         self._next_upper = _UPPER_HALF
-        self._upper_lock = threading.Lock()
+        self._lock = threading.Lock()
         self.calls = Counter()
         self.info = DriverInfo(
             name="host",
@@ -134,15 +136,19 @@ class HostDriver(Driver):
             raise UsageError(f"{reservation} is not a live reservation of this driver")
         if libc.munmap(reservation.base, reservation.n_bytes) != 0:
             _raise("free_reservation", ctypes.get_errno())
-        self._reservations.remove(reservation)
+        gone = range(reservation.base, reservation.end)
+        with self._lock:
+            self._reservations.remove(reservation)
+            self._orphans = sorted([*self._orphans, *((h, n) for h, n in self._pages.items() if h in gone)])
 
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
         self._enter("create")
         wanted = [Handle(place) for place in places]
-        if not self._pages.isdisjoint(wanted):
-            wanted = [self._elsewhere(page_bytes) if place in self._pages else place for place in wanted]
+        if self._orphans or not self._pages.keys().isdisjoint(wanted):
+            wanted = [self._elsewhere(page_bytes) if self._is_taken(p, page_bytes) else p for p in wanted]
         code, n_done = self._mapper.create(self._fd, wanted, page_bytes)
-        self._pages.update(wanted[:n_done])
+        with self._lock:
+            self._pages.update(dict.fromkeys(wanted[:n_done], page_bytes))
         created.extend(wanted[:n_done])
         if code in (errno.ENOSPC, errno.ENOMEM):
             raise OutOfPages(f"the system has no memory for another page of {format_bytes(page_bytes)}")
@@ -172,10 +178,14 @@ class HostDriver(Driver):
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         self._enter("release")
-        if not self._pages.issuperset(handles):
+        if not self._pages.keys() >= set(handles):
             raise UsageError("a handle was released that is not a live page of this driver")
         code, n_done = self._mapper.release(self._fd, handles, page_bytes)
-        self._pages.difference_update(handles[:n_done])
+        with self._lock:
+            for handle in handles[:n_done]:
+                del self._pages[handle]
+            if self._orphans:
+                self._orphans = [span for span in self._orphans if span[0] in self._pages]
         if code:
             _raise("release", code, n_done)
 
@@ -208,9 +218,18 @@ class HostDriver(Driver):
             raise UsageError(f"{operation} on a closed driver")
         self.calls[operation] += 1
 
+    def _is_taken(self, place: Handle, page_bytes: int) -> bool:
+        """Whether a live page has bytes at this offset: the one of this place, or one of an older reservation.
+
+        Pages of one reservation stand on one grid, so among themselves only equal offsets can meet.
+        """
+        behind = bisect.bisect_left(self._orphans, (place + page_bytes,))
+        before = self._orphans[behind - 1] if behind else (0, 0)
+        return place in self._pages or sum(before) > place
+
     def _elsewhere(self, page_bytes: int) -> Handle:
         """An offset in the file's upper half; never reused, there is room for decades of pages."""
-        with self._upper_lock:
+        with self._lock:
             offset = round_up(self._next_upper, page_bytes)
             if offset + page_bytes > _FILE_BYTES:
                 raise OutOfPages("the memfd has no free offsets left; reopen the cache")

@@ -15,11 +15,12 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Protocol
 
-ABI = 1
+ABI = 2
 
 PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 MAP_NORESERVE, MAP_POPULATE = 0x4000, 0x8000
+MADV_DONTFORK = 10
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +69,7 @@ class SyscallMapper:
         return _fallocate_runs(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsets, page_bytes)
 
     def map(self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
-        flags = MAP_SHARED | MAP_FIXED | MAP_POPULATE
+        flags = MAP_SHARED | MAP_POPULATE
         first, n = 0, len(addresses)
         while first < n:
             end = first + 1
@@ -79,17 +80,30 @@ class SyscallMapper:
             ):
                 end += 1
             n_bytes = (end - first) * page_bytes
-            if libc.mmap(addresses[first], n_bytes, PROT_READ_WRITE, flags, fd, offsets[first]) == MAP_FAILED:
-                return ctypes.get_errno(), first
+            code, is_done = _map_over(addresses[first], n_bytes, PROT_READ_WRITE, flags, fd, offsets[first])
+            if code:
+                return code, end if is_done else first
             first = end
         return 0, n
 
     def unmap(self, addresses: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
-        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
         for n_done, (address, n_bytes) in enumerate(zip(addresses, lengths, strict=True)):
-            if libc.mmap(address, n_bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED:
-                return ctypes.get_errno(), n_done
+            code, is_done = _map_over(address, n_bytes, PROT_NONE, flags, -1, 0)
+            if code:
+                return code, n_done + is_done
         return 0, len(addresses)
+
+
+def _map_over(address: int, n_bytes: int, protection: int, flags: int, fd: int, offset: int) -> tuple[int, bool]:
+    """Map over a reserved range; return errno or 0, and whether the range has changed.
+
+    A new mapping does not inherit MADV_DONTFORK from what it replaces: without it a forked child could write into
+    the pages, and the range would no longer merge with the reservation around it.
+    """
+    if libc.mmap(address, n_bytes, protection, flags | MAP_FIXED, fd, offset) == MAP_FAILED:
+        return ctypes.get_errno(), False
+    return (ctypes.get_errno(), True) if libc.madvise(address, n_bytes, MADV_DONTFORK) else (0, True)
 
 
 def _fallocate_runs(fd: int, mode: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:

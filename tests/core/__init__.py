@@ -1,0 +1,1 @@
+"""Tests of the allocator core: no torch, no GPU, no model."""
