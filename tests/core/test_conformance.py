@@ -1,0 +1,208 @@
+"""Every driver passes the conformance suite, and drivers that break one rule are caught by that rule."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.driver.checked import CheckedDriver
+from vmem_kv.driver.host import HostDriver
+from vmem_kv.errors import OutOfAddressSpace, UsageError
+from vmem_kv.testing import ContractBreach, FaultyDriver, HostMemory, ManualFence, check_driver
+
+PAGE = mmap.PAGESIZE
+
+WRAPPERS: dict[str, Callable[[Driver], Driver]] = {
+    "bare": lambda driver: driver,
+    "checked": CheckedDriver,
+    "itemwise": FaultyDriver,
+    "checked over itemwise": lambda driver: CheckedDriver(FaultyDriver(driver)),
+    "itemwise over checked": lambda driver: FaultyDriver(CheckedDriver(driver)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_host_driver_conforms_on_both_paths_and_in_every_wrapper(path: str, wrapper: str) -> None:
+    report = check_driver(lambda: WRAPPERS[wrapper](HostDriver(path)), HostMemory())
+    assert report.n_checks >= 100
+    assert path in report.driver
+    assert len(report.rules) == len(set(report.rules)) >= 20
+
+
+class ShortReservation(HostDriver):
+    def reserve(self, n_bytes: int) -> Reservation:
+        reservation = super().reserve(n_bytes)
+        return Reservation(reservation.base, n_bytes - 1)
+
+
+class SameReservationTwice(HostDriver):
+    first: Reservation | None = None
+
+    def reserve(self, n_bytes: int) -> Reservation:
+        self.first = self.first or super().reserve(64 * PAGE)
+        return Reservation(self.first.base, n_bytes)
+
+
+class UnalignedReservation(HostDriver):
+    def reserve(self, n_bytes: int) -> Reservation:
+        return Reservation(super().reserve(n_bytes).base + 64, n_bytes)
+
+
+class WrongErrorWhenAddressesRunOut(HostDriver):
+    def reserve(self, n_bytes: int) -> Reservation:
+        try:
+            return super().reserve(n_bytes)
+        except OutOfAddressSpace:
+            raise UsageError("no") from None
+
+
+class FreesAnything(HostDriver):
+    def free_reservation(self, reservation: Reservation) -> None:
+        if reservation in self._reservations:
+            super().free_reservation(reservation)
+
+
+class ForgetsAHandle(HostDriver):
+    def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
+        super().create(page_bytes, places, created)
+        if len(places) > 4:
+            created.pop()
+
+
+class ReplacesTheList(HostDriver):
+    def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
+        super().create(page_bytes, places, created)
+        created.reverse()
+
+
+class KeepsOldBytes(HostDriver):
+    """Releases nothing, so that pages come back as they were."""
+
+    def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
+        self._enter("release")
+        for handle in handles:
+            del self._pages[handle]
+
+
+class NamesPagesByPlaceOnly(HostDriver):
+    def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
+        for place in places:
+            self._pages.pop(Handle(place), None)
+        super().create(page_bytes, places, created)
+
+
+class MapsInReverse(HostDriver):
+    def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
+        super().map(page_bytes, addresses, handles if len(handles) < 5 else handles[::-1])
+
+
+class MapsTheFirstGranuleOnly(HostDriver):
+    def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
+        halves = handles if page_bytes == PAGE else [Handle(h) for h in handles[:1] * len(handles)]
+        super().map(page_bytes, addresses, halves)
+
+
+class MapsAnAliasToNewMemory(HostDriver):
+    def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
+        moved = [Handle(h + (1 << 46)) if h != a else h for a, h in zip(addresses, handles, strict=True)]
+        super().map(page_bytes, addresses, moved)
+
+
+class LosesBytesOnUnmap(HostDriver):
+    def unmap(self, spans: Sequence[Span]) -> None:
+        super().scrub([(address, n_bytes) for address, n_bytes in spans if n_bytes == 4 * PAGE])
+        super().unmap(spans)
+
+
+class UnmapsTooMuch(HostDriver):
+    def unmap(self, spans: Sequence[Span]) -> None:
+        if len(spans) == 2 and spans[0][1] == 2 * PAGE:
+            super().scrub([(spans[0][0] - PAGE, PAGE)])
+        super().unmap(spans)
+
+
+class ScrubsNothing(HostDriver):
+    def scrub(self, spans: Sequence[Span]) -> None:
+        self._enter("scrub")
+
+
+class ScrubsTooMuch(HostDriver):
+    def scrub(self, spans: Sequence[Span]) -> None:
+        super().scrub([(address, n_bytes + 8) for address, n_bytes in spans])
+
+
+class OverstatesWhatItReleased(HostDriver):
+    def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
+        try:
+            super().release(page_bytes, handles)
+        except UsageError as error:
+            error.n_done = len(handles)
+            raise
+
+
+class CountsItems(HostDriver):
+    def unmap(self, spans: Sequence[Span]) -> None:
+        for span in spans:
+            super().unmap([span])
+
+
+class FenceGoesBack(HostDriver):
+    def fence(self) -> Fence:
+        class Flaky(ManualFence):
+            def passed(self) -> bool:
+                self.n_asked += 1
+                return self.n_asked == 1
+
+        return Flaky()
+
+
+class OneThreadOnly(HostDriver):
+    def bind_thread(self) -> None:
+        raise UsageError("this driver has one thread")
+
+
+class ClosesAnyway(HostDriver):
+    def close(self) -> None:
+        self._close_fd()
+
+
+class WorksAfterClose(HostDriver):
+    def close(self) -> None:
+        if self._reservations:
+            raise UsageError("reservations are open")
+
+
+BROKEN: dict[type[HostDriver], str] = {
+    ShortReservation: "reserve: ranges are aligned",
+    SameReservationTwice: "reserve: ranges are aligned",
+    UnalignedReservation: "reserve: ranges are aligned",
+    WrongErrorWhenAddressesRunOut: "reserve: a range that cannot exist",
+    FreesAnything: "free_reservation: takes back exactly",
+    ForgetsAHandle: "create: appends one new handle",
+    ReplacesTheList: "create: appends one new handle",
+    KeepsOldBytes: "create: pages are filled with zeros",
+    NamesPagesByPlaceOnly: "create: a page may be mapped anywhere",
+    MapsInReverse: "map: one batch may fill several runs",
+    MapsTheFirstGranuleOnly: "create: pages that outlive their reservation",
+    MapsAnAliasToNewMemory: "map: a handle mapped at several addresses",
+    LosesBytesOnUnmap: "unmap: a page keeps its bytes",
+    UnmapsTooMuch: "unmap: spans of whole pages go",
+    ScrubsNothing: "scrub: fills its spans",
+    ScrubsTooMuch: "scrub: fills its spans",
+    OverstatesWhatItReleased: "release: after a failure",
+    CountsItems: "calls: every operation counts once",
+    FenceGoesBack: "fence: passes on an idle device",
+    OneThreadOnly: "threads: another thread",
+    ClosesAnyway: "close: refuses",
+    WorksAfterClose: "close: may be called twice",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_a_driver_that_breaks_a_rule_is_caught_by_that_rule(broken: type[HostDriver]) -> None:
+    with pytest.raises(ContractBreach) as caught:
+        check_driver(lambda: broken("python"), HostMemory())
+    assert BROKEN[broken] in str(caught.value)
