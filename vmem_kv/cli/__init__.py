@@ -1,0 +1,16 @@
+"""The `vmem-kv` command. Everything that it prints goes through rich; nothing below this package prints."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit with its status: 0, 1 for an error, 2 for a misspelt command."""
+    try:
+        from vmem_kv.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"vmem-kv needs {error.name}, which is not installed: run pip install 'vmem_kv[cli,hf]'")
+    app()

@@ -1,0 +1,87 @@
+"""The application: which commands there are, and how an error looks to who typed one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import vmem_kv
+from vmem_kv.cli.doctor import doctor
+from vmem_kv.cli.generate import generate
+from vmem_kv.errors import VmemError
+
+P = ParamSpec("P")
+
+EXTRA_OF_PACKAGE = {
+    "accelerate": "hf",
+    "gguf": "hf",
+    "matplotlib": "cli",
+    "psutil": "cli",
+    "safetensors": "hf",
+    "transformers": "hf",
+}
+
+app = typer.Typer(
+    name="vmem-kv",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "KV caches that are contiguous in virtual memory, with physical pages mapped as the tokens arrive.\n\n"
+        "Start with `vmem-kv generate --prompt 'Why is the sky blue?' --compare`, and ask "
+        "`vmem-kv doctor` what this machine offers."
+    ),
+)
+
+
+def explain_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Make a command end with one line instead of a traceback, unless its option `debug` is set."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (VmemError, ModuleNotFoundError, KeyboardInterrupt) as error:
+            if kwargs.get("debug"):
+                raise
+            Console(stderr=True).print(
+                f"[bold red]error:[/] {escape(_one_line(error))}", highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+
+    return run
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRA_OF_PACKAGE.get(error.name or "", "cli,hf")
+        return f"{error}; run pip install 'vmem_kv[{extra}]'"
+    return " ".join(str(error).split())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Console().print(f"vmem_kv {vmem_kv.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself; the help text is the application's."""
+
+
+app.command()(explain_errors(generate))
+app.command()(explain_errors(doctor))
