@@ -29,8 +29,6 @@ _LITTLE_MEMORY = 1 * GIB
 _MEMFD_BYTES = 1 << 48
 """The host driver's file is sparse and this large, whatever is in it."""
 
-_HUGE_PAGES_ADVICE = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
-
 
 class Finding(NamedTuple):
     """One line of the report."""
@@ -182,8 +180,18 @@ def _limit_text(n_bytes: int | None) -> str:
 def _huge_page_findings(machine: Machine) -> list[Finding]:
     topic = "Huge pages"
     n_free, huge = machine.n_huge_pages_free, machine.huge_page_bytes
+    oversized = machine.shmem_huge_pages in ("always", "force")
     return [
-        Finding(topic, "transparent", f"shmem_enabled: {machine.shmem_huge_pages}", advice=_HUGE_PAGES_ADVICE),
+        Finding(
+            topic,
+            "transparent",
+            f"shmem_enabled: {machine.shmem_huge_pages}",
+            not oversized,
+            "echo never > /sys/kernel/mm/transparent_hugepage/shmem_enabled: "
+            "the system may back a small page with a huge one"
+            if oversized
+            else "",
+        ),
         Finding(
             topic,
             "hugetlbfs",

@@ -169,7 +169,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load torch, transformers and the model, with a bar that knows the phases of a conversion."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("Loading torch and transformers", total=None)
         import torch
 
@@ -224,7 +224,7 @@ def _run_others(err: Console, job: Any, ours: Trace, skipped: list[str]) -> list
     kinds = job.other_kinds(ours, skipped)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     traces = []
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         for kind in kinds:
             task = progress.add_task(f"The same with {kind.name}", total=len(ours.token_ids))
             traces.append(job.run(kind, ProgressStreamer(progress, task)))
