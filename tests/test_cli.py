@@ -1,0 +1,251 @@
+"""The commands, on a tiny model; once on the real one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import vmem_kv
+from vmem_kv.cli import doctor as doctor_module
+from vmem_kv.cli import memory_trace
+from vmem_kv.cli.app import app
+from vmem_kv.cli.comparison import n_common_tokens
+from vmem_kv.cli.memory_trace import Memory, Trace
+from vmem_kv.errors import ConfigError, VmemError
+
+PROMPT = "the sky is blue because"
+
+
+def run(*arguments: str | Path, text: str | None = None, **options: Any) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=text, env={"COLUMNS": "120"}, **options)
+
+
+def run_json(*arguments: str | Path) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+def test_help_teaches_with_examples() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert "vmem-kv doctor" in result.stdout
+    result = run("generate", "--help")
+    assert "--compare --plot memory.png" in result.stdout
+    for option in ("--prompt", "--file", "--max-memory", "--page-bytes", "--dtype", "--attention", "--json"):
+        assert option in result.stdout
+
+
+def test_version_is_that_of_the_package() -> None:
+    assert vmem_kv.__version__ in run("--version").stdout
+
+
+def test_generate_streams_the_text_and_prints_the_table(tiny_model_folder: Path) -> None:
+    result = run("generate", tiny_model_folder, "--prompt", PROMPT, "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.output
+    text, _, table = result.stdout.partition("12 new")
+    assert len(text.split()) >= 12
+    assert "vmem_kv" in table
+    assert "DynamicCache" not in table
+    assert "Layout: " in table
+
+
+def test_compare_shows_the_same_tokens_and_the_memory_of_all_three(tiny_model_folder: Path) -> None:
+    data = run_json("generate", tiny_model_folder, "-p", PROMPT, "-n", "40", "--compare", "--page-bytes", "4k")
+    ours, dynamic, static = data["caches"]
+    assert [c["cache"] for c in data["caches"]] == ["vmem_kv", "DynamicCache", "StaticCache(128)"]
+    assert all(c["same_tokens"] for c in data["caches"])
+    # Two layers of K and V, two heads of 8 floats; the last token is not in the cache.
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    n_tokens = data["n_prompt_tokens"] + data["n_new_tokens"] - 1
+    assert {c["live_bytes"] for c in data["caches"]} == {n_tokens * token_bytes}
+    assert dynamic["peak_physical_bytes"] == n_tokens * token_bytes
+    assert static["peak_physical_bytes"] == static["virtual_bytes"] == 128 * token_bytes
+    assert ours["live_bytes"] <= ours["peak_physical_bytes"] <= ours["live_bytes"] + 8 * 4096
+    assert ours["virtual_bytes"] > static["virtual_bytes"]
+
+
+def test_sampling_repeats_with_the_same_seed_and_differs_with_another(tiny_model_folder: Path) -> None:
+    def sample(seed: int) -> str:
+        options = ("-p", PROMPT, "-n", "30", "--temperature", "5", "--seed", str(seed))
+        return str(run_json("generate", tiny_model_folder, *options)["text"])
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_a_prompt_may_come_from_a_file_or_from_standard_input(tiny_model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    from_file = run("generate", tiny_model_folder, "--file", tmp_path / "prompt.txt", "-n", "5", "--json")
+    from_stdin = run("generate", tiny_model_folder, "-n", "5", "--json", text=PROMPT)
+    assert json.loads(from_file.stdout)["text"] == json.loads(from_stdin.stdout)["text"]
+
+
+def test_new_tokens_stop_at_the_models_context(tiny_model_folder: Path) -> None:
+    data = run_json("generate", tiny_model_folder, "-p", PROMPT, "-n", "1000")
+    assert data["n_prompt_tokens"] + data["n_new_tokens"] <= 128
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("attention", ["vmem_kv", "sdpa", "eager"])
+def test_every_dtype_and_attention_writes_the_tokens_of_dynamic_cache(
+    tiny_model_folder: Path, dtype: str, attention: str
+) -> None:
+    options = ("--dtype", dtype, "--attention", attention, "--compare")
+    data = run_json("generate", tiny_model_folder, "-p", PROMPT, "-n", "20", *options)
+    assert data["caches"][1]["cache"] == "DynamicCache"
+    assert data["caches"][1]["same_tokens"]
+
+
+def test_plot_draws_all_three(tiny_model_folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "memory.png"
+    result = run("generate", tiny_model_folder, "-p", PROMPT, "-n", "8", "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert "StaticCache" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "x", "--page-bytes", "5000"], "multiple of 4096"),
+        (["-p", "x", "--page-bytes", "many"], "is not a size in bytes"),
+        (["-p", "x", "--layout", "diagonal"], "unknown layout 'diagonal'"),
+        (["-p", "x", "--max-memory", "4k"], "max_bytes"),
+        (["-p", "x", "--plot", "picture.docx"], "must end with .png"),
+        (["-p", "x", "--plot", "no/such/folder/picture.png"], "there is no folder"),
+        (["-p", " "], "the prompt is empty"),
+        (["-p", "sky " * 200], "the model's context is 128"),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_remedy(
+    tiny_model_folder: Path, arguments: list[str], message: str
+) -> None:
+    result = run("generate", tiny_model_folder, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_the_error_itself() -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        run("generate", "./nowhere", "-p", "x", "--debug", catch_exceptions=False)
+
+
+def test_a_prompt_and_a_file_exclude_each_other(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    result = run("generate", "-p", "x", "-f", tmp_path / "prompt.txt")
+    assert result.exit_code == 1
+    assert "not both" in result.stderr
+
+
+def test_a_static_cache_that_memory_does_not_hold_is_left_out(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vmem_kv.cli import comparison
+
+    class SmallMachine:
+        usable_memory_bytes = 10_000
+
+    monkeypatch.setattr(comparison, "describe_machine", SmallMachine)
+    result = run("generate", tiny_model_folder, "-p", PROMPT, "-n", "8", "--compare")
+    assert result.exit_code == 0, result.output
+    assert "StaticCache(128) was left out" in result.stdout
+
+
+def test_times_leave_out_what_sampling_and_printing_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # every reading takes a second
+    monkeypatch.setattr(memory_trace.time, "perf_counter", lambda: float(next(clock)))
+
+    class SlowFollower:
+        def put(self, value: torch.Tensor) -> None:
+            for _ in range(100):
+                next(clock)
+
+    def sample() -> Memory:
+        for _ in range(100):
+            next(clock)
+        return Memory(0, 0, 0)
+
+    trace = Trace("any")
+    recorder = memory_trace._Recorder(trace, sample, SlowFollower())
+    for token in ([[5, 6, 7]], [1], [2], [3]):
+        recorder.put(torch.tensor(token))
+    assert trace.token_ids == [1, 2, 3]
+    assert trace.first_token_s == 2  # prompt handling and the first step
+    assert trace.decode_s == 2
+    assert trace.decode_tokens_per_s == 1
+    assert len(trace.memory) == 3
+
+
+def test_common_tokens_are_counted_up_to_the_first_difference() -> None:
+    assert n_common_tokens(Trace("a", [1, 2, 3]), Trace("b", [1, 2, 4])) == 2
+    assert n_common_tokens(Trace("a", [1, 2]), Trace("b", [1, 2, 4])) == 2
+
+
+def test_doctor_names_each_limit_and_the_value_to_change() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0
+    for word in ("native part", "granularity", "vm.max_map_count", "cgroup", "file size", "hugetlbfs", "torch"):
+        assert word in result.stdout
+
+
+def test_doctor_as_json_carries_the_machine_and_the_driver() -> None:
+    data = run_json("doctor")
+    assert data["drivers"]["host"]["info"]["device"] == "cpu"
+    assert data["machine"]["os_page_bytes"] >= 4096
+    assert data["packages"]["torch"]
+    assert {finding["topic"] for finding in data["findings"]} >= {"Driver", "Memory", "Limits", "Software"}
+
+
+def test_doctor_says_why_the_native_part_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise OSError("it was not built")
+
+    monkeypatch.setattr(doctor_module, "NativeMapper", missing)
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "it was not built" in result.stdout
+    assert "install a C compiler" in result.stdout
+
+
+def test_doctor_exits_with_1_where_no_driver_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise VmemError("memory files are forbidden here")
+
+    monkeypatch.setattr(doctor_module, "HostDriver", refused)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "memory files are forbidden here" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # the first time on a machine, it converts
+def test_the_real_model_answers_over_demand_mapped_memory() -> None:
+    data = run_json("generate", "-p", "What is the capital of France?", "-n", "24", "--compare")
+    assert "Paris" in data["text"]
+    assert all(cache["same_tokens"] for cache in data["caches"])
+    ours, dynamic, static = data["caches"]
+    assert dynamic["live_bytes"] == ours["live_bytes"] <= ours["peak_physical_bytes"]
+    assert ours["peak_physical_bytes"] < static["peak_physical_bytes"] / 50
+
+
+def test_generated_text_keeps_brackets_and_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from vmem_kv.cli.report import _ConsoleStreamer
+
+    streamer = _ConsoleStreamer.__new__(_ConsoleStreamer)
+    streamer._console = Console()
+    streamer.on_finalized_text("a [bold]b[/] :smile: ")
+    streamer.on_finalized_text("x" * 200, stream_end=True)
+    assert re.fullmatch(r"a \[bold\]b\[/\] :smile: x{200}\n", capsys.readouterr().out)
