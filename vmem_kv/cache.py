@@ -77,6 +77,8 @@ class KVCache:
         self, n_slots: int, *, expected_tokens: int | None = None, domain: str = ""
     ) -> Sequence[SlotId]:
         """Return `n_slots` neighbouring slots, so that one strided tensor covers them all. See `acquire`."""
+        if n_slots < 1:
+            raise UsageError(f"acquire of {n_slots} slots; ask for at least one")
         self._require_open()
         self._poll()
         slots = self._slots
@@ -137,10 +139,11 @@ class KVCache:
             CapacityError: There is no room to map ahead. Nothing changed.
             DriverError: A driver call failed and was undone. Nothing changed.
         """
+        self.pool.require_owner()
         with self.pool.lock:
             capacity, limit = self._slots.capacity, self.layout.max_tokens
             short = {s: min(n, limit) for s, n in lengths.items() if s in capacity and capacity[s] < min(n, limit)}
-        return self._grow(short, may_reclaim=False) if short else 0
+        return self._grow(short, ahead=True) if short else 0
 
     def slide(self, slot_id: SlotId, first_token: int, fence: Fence = PASSED) -> None:
         """Give up the tokens before `first_token`: once `fence` has passed, the pages wholly before it are unmapped.
@@ -149,8 +152,9 @@ class KVCache:
 
         Raises:
             UsageError: The slot is not active, or `first_token` lies behind its length. Nothing changed.
-            DriverError: An unmap failed; its pages are quarantined.
+            DriverError: An unmap failed; its pages are quarantined, and the slot did slide.
         """
+        self.pool.require_owner()
         with self.pool.lock:
             self._slots.require_active([slot_id])
             if not 0 <= first_token <= self._slots.n_tokens[slot_id]:
@@ -168,7 +172,10 @@ class KVCache:
 
         Raises:
             UsageError: A slot is not active (retired twice?). Nothing changed.
+            DriverError: The sequences ended, but an unmap that had waited for a fence failed; its pages are
+                quarantined.
         """
+        self.pool.require_owner()
         with self.pool.lock:
             self._slots.retire([slot_ids] if isinstance(slot_ids, int) else slot_ids, fence)
         self._poll()
@@ -179,8 +186,8 @@ class KVCache:
         Raises:
             DriverError: An unmap or release failed; those pages are quarantined, the others went back.
         """
-        self._poll()
-        n_freed = 0
+        self.pool.require_owner()
+        n_freed = self._poll()
         while n_freed < n_pages:
             with self.pool.lock:
                 victim = next((s for s in self._slots.warm if s not in self._slots.busy), None)
@@ -195,6 +202,7 @@ class KVCache:
 
     def active_slots(self) -> list[SlotId]:
         """The slots that belong to sequences now."""
+        self.pool.require_owner()
         with self.pool.lock:
             return list(self._slots.capacity)
 
@@ -212,6 +220,7 @@ class KVCache:
         Raises:
             UsageError: The slot is not active.
         """
+        self.pool.require_owner()
         with self.pool.lock:
             self._slots.require_active([slot_id])
             return self._slots.n_tokens[slot_id]
@@ -222,12 +231,14 @@ class KVCache:
         Raises:
             UsageError: The slot is not active.
         """
+        self.pool.require_owner()
         with self.pool.lock:
             self._slots.require_active([slot_id])
             return self._slots.capacity[slot_id]
 
     def stats(self) -> CacheStats:
         """Return one consistent snapshot."""
+        self.pool.require_owner()
         with self.pool.lock:
             pool, slots, layout = self.pool, self._slots, self.layout
             by_state = dict.fromkeys(SlotState, 0)
@@ -258,6 +269,7 @@ class KVCache:
         Raises:
             InvariantError: One does not hold; the message says which and dumps the state.
         """
+        self.pool.require_owner()
         with self.pool.lock:
             self.pool.check()
             self.region.check()
@@ -298,20 +310,33 @@ class KVCache:
                     f"{len(slots.capacity)} sequences are active and {len(slots.retired)} wait for a fence; "
                     "retire them before closing"
                 )
-            for slot_id in list(slots.warm):
-                slots.cool(slot_id)
-        self.region.close()
+            warm = list(slots.warm)
+            slots.busy.update(warm)
+        try:
+            self.region.close()
+        finally:
+            with self.pool.lock:
+                for slot_id in warm:
+                    slots.cool(slot_id)
+                slots.break_(self.region.broken)
+            self._unbusy(warm)
         self._closed = True
 
-    def _grow(self, short: Mapping[SlotId, int], *, may_reclaim: bool = True) -> int:
+    def _grow(self, short: Mapping[SlotId, int], *, ahead: bool = False) -> int:
         """Map what `short` lacks, as one plan: all of it or nothing. Returns the pages mapped."""
         self._require_open()
+        if not ahead:
+            self._poll()  # what our own windows gave up may be what we need
         with self._exclusive(short):
             with self.pool.lock:
+                if ahead:  # nobody waits for us: what was retired or broke meanwhile is passed over
+                    usable = self._slots.capacity.keys() - self.region.broken
+                    short = {slot_id: n_tokens for slot_id, n_tokens in short.items() if slot_id in usable}
                 self._slots.require_active(short)
                 self._require_whole(short)
                 plan = plan_growth(self.layout, self.region.reservation.base, self.region.mapped, short)
-            self._map(plan, may_reclaim=may_reclaim)
+            if plan.runs:
+                self._map(plan, may_reclaim=not ahead)
             with self.pool.lock:
                 for slot_id in short:
                     if slot_id in self._slots.capacity:  # else it was retired while we mapped ahead for it
@@ -329,42 +354,49 @@ class KVCache:
                 if not may_reclaim or not self.pool.make_room(plan.n_pages, first=self):
                     raise
 
-    def _poll(self) -> None:
-        """Move on whatever waited for a fence that has passed meanwhile."""
+    def _poll(self) -> int:
+        """Move on whatever waited for a fence that has passed meanwhile; return how many pages that gave back."""
         with self.pool.lock:
             if not self._slots.retired and not self._slides:
-                return
+                return 0
             retired = list(self._slots.retired.items())
             slides = list(self._slides)
         passed = [(slot_id, fence) for slot_id, fence in retired if fence.passed()]
-        for slide in slides:
-            if slide[2].passed():
-                self._finish_slide(slide)
+        n_freed = sum(self._finish_slide(slide) for slide in slides if slide[2].passed())
         with self.pool.lock:
             waiting = {slot_id for slot_id, _, _ in self._slides}
             for slot_id, fence in passed:
                 if self._slots.retired.get(slot_id) is fence and slot_id not in waiting | self._slots.busy:
                     n_pages = self.region.n_pages(slot_id)
+                    if not n_pages:
+                        self.region.reset(slot_id)
                     self._slots.settle(slot_id, self.region.token_capacity(slot_id) if n_pages else -1)
             self._slots.break_(self.region.broken)
             unusable = [s for s in self.region.broken if s in self._slots.warm and s not in self._slots.busy]
             self._slots.busy.update(unusable)
         try:
-            for slot_id in unusable:
-                self._unmap_slot(slot_id)
+            n_freed += sum(self._unmap_slot(slot_id) for slot_id in unusable)
         finally:
             self._unbusy(unusable)
+        return n_freed
 
-    def _finish_slide(self, slide: tuple[SlotId, int, Fence]) -> None:
-        """Unmap the pages in front of a window whose fence has passed."""
+    def _finish_slide(self, slide: tuple[SlotId, int, Fence]) -> int:
+        """Unmap the pages in front of a window whose fence has passed; return how many.
+
+        A busy slot's turn comes at a later poll: to wait here could be to wait for ourselves, in the middle of
+        growing that slot.
+        """
         slot_id, first_token, _ = slide
         page_bytes = self.layout.page_bytes
-        with self._exclusive([slot_id]):
-            with self.pool.lock:
-                if slide not in self._slides:
-                    return  # another thread was faster
-                self._slides.remove(slide)
-            self.region.unmap(slot_id, [first_token * p.token_bytes // page_bytes for p in self.layout.planes])
+        with self.pool.lock:
+            if slide not in self._slides or slot_id in self._slots.busy:
+                return 0
+            self._slides.remove(slide)
+            self._slots.busy.add(slot_id)
+        try:
+            return self.region.unmap(slot_id, [first_token * p.token_bytes // page_bytes for p in self.layout.planes])
+        finally:
+            self._unbusy([slot_id])
 
     def _unmap_slot(self, slot_id: SlotId) -> int:
         """Turn a busy warm slot cold. Whatever fails, the books say what is mapped."""

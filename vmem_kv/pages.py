@@ -120,7 +120,6 @@ class PagePool:
             del self._free[len(self._free) - n_used :]
             self.n_owned += n_new
             self.n_in_flight += n_pages
-            self.n_peak_owned = max(self.n_peak_owned, self.n_owned)
         if n_new:
             created: list[Handle] = []
             try:
@@ -134,6 +133,8 @@ class PagePool:
                 self._release(created)
                 raise
             handles += created
+            with self.lock:
+                self.n_peak_owned = max(self.n_peak_owned, self.n_owned)
         return handles, n_used
 
     def give(self, handles: Sequence[Handle]) -> None:
@@ -156,6 +157,7 @@ class PagePool:
         Raises:
             DriverError: A release failed; those pages are quarantined, the others are released.
         """
+        self.require_owner()
         with self.lock:
             n_trimmed = self.n_free if n_pages is None else min(n_pages, self.n_free)
             handles = self._free[:n_trimmed]
@@ -171,8 +173,11 @@ class PagePool:
             OutOfPages: Live pages alone exceed the new budget. Nothing changed.
             DriverError: Giving pages back failed; the budget is unchanged.
         """
+        self.require_owner()
         self._checked_budget(max_pages)
         members = list(self._members)
+        for member in members:
+            member.reclaim(0)  # nothing yet, but slots whose fences have passed become warm
         with self.lock:
             n_excess = self.n_owned - max_pages
             n_givable = self.n_free + sum(member.n_warm_pages() for member in members)
@@ -181,11 +186,14 @@ class PagePool:
                 f"a budget of {max_pages} pages is below the {self.n_owned - n_givable} pages in use; "
                 "retire sequences first"
             )
-        while (n_excess := self.n_owned - max_pages) > 0:
+        while True:
+            with self.lock:  # in one step, or another thread could take pages in between
+                n_excess = self.n_owned - max_pages
+                if n_excess <= 0:
+                    self.max_pages = max_pages
+                    return
             if not self.trim(n_excess) and not self.make_room(n_excess):
                 raise OutOfPages(f"{n_excess} pages are still in use; wait for their fences and resize again")
-        with self.lock:
-            self.max_pages = max_pages
 
     def make_room(self, n_pages: int, first: Reclaimer | None = None) -> int:
         """Reclaim warm slots, of `first` before the others, until `n_pages` pages came back; return how many did.

@@ -98,19 +98,24 @@ class Region:
         with self.pool.lock:
             for plane_index, (first, end) in enumerate(self.mapped[slot_id]):
                 cut = end if keep_from is None else min(max(keep_from[plane_index], first), end)
+                # A window keeps its place even where nothing is left of it: the slot grows behind it.
+                self.mapped[slot_id][plane_index] = PageRange(0, 0) if keep_from is None else PageRange(cut, end)
                 if cut == first:
                     continue
                 handles = self._handles[slot_id][plane_index]
                 gone, kept = handles[: cut - first], handles[cut - first :]
                 self.pool.n_mappings -= self._count_mappings(handles) - self._count_mappings(kept)
                 self._handles[slot_id][plane_index] = kept
-                self.mapped[slot_id][plane_index] = PageRange(cut, end) if kept else PageRange(0, 0)
                 chunks.append((self._span(slot_id, plane_index, first, cut), gone))
             n_pages = sum(len(handles) for _, handles in chunks)
             self.pool.n_mapped -= n_pages
             self.pool.n_in_flight += n_pages
         self._unmap_chunks(chunks, [])
         return n_pages
+
+    def reset(self, slot_id: SlotId) -> None:
+        """Let a slot with nothing mapped begin at its front again. The caller holds the pool's lock."""
+        self.mapped[slot_id] = [PageRange(0, 0)] * len(self.layout.planes)
 
     def scrub(self, slot_id: SlotId) -> None:
         """Fill a slot's mapped pages with zeros.
@@ -128,8 +133,14 @@ class Region:
         Raises:
             DriverError: Something could not be unmapped; the rest was. Calling again tries again.
         """
+        failure: VmemError | None = None
         for slot_id in self.mapped:
-            self.unmap(slot_id)
+            try:
+                self.unmap(slot_id)
+            except VmemError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
         while self._stuck:
             span, handles = self._stuck[-1]
             self.pool.driver.unmap([span])

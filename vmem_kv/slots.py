@@ -89,9 +89,11 @@ class SlotTable:
         """Take slots from their sequences; they are warm once the fence has passed.
 
         Raises:
-            UsageError: One of them is not active (a double retire).
+            UsageError: One of them is not active, or named twice (a double retire).
         """
         self.require_active(slot_ids)
+        if len(set(slot_ids)) != len(slot_ids):
+            raise UsageError(f"retire of {list(slot_ids)} names a slot twice; retire it once")
         for slot_id in slot_ids:
             del self.n_tokens[slot_id], self.capacity[slot_id]
             self.state[slot_id] = SlotState.RETIRED
