@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -59,10 +60,10 @@ def print_report(console: Console, traces: Sequence[Trace], skipped: Sequence[st
         f"{facts['model']}, {facts['dtype']}, attention {facts['attention']}: "
         f"{facts['n_prompt_tokens']:,} prompt tokens, {len(ours.token_ids):,} new"
     )
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("KV cache", no_wrap=True)
-    for heading in ("tokens/s", "first token", "virtual reserved", "physical peak", "live bytes"):
-        table.add_column(heading, justify="right")
+    for heading in ("tokens/s", "first\ntoken", "virtual\nreserved", "physical\npeak", "live\nbytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for trace in traces:
         last = trace.memory[-1]
         speed = trace.decode_tokens_per_s
