@@ -181,8 +181,10 @@ def _load(
         def report(phase: int) -> None:
             n_phases = len(models.CONVERSION_PHASES)
             what = models.CONVERSION_PHASES[phase] if phase < n_phases else "Loading the model"
-            suffix = " (once; the result is kept)" if phase < n_phases else ""
-            progress.update(task, description=f"{what}{suffix}", completed=phase, total=n_phases)
+            text = f"{what} (once; the result is kept)" if phase < n_phases else what
+            progress.update(task, description=text, completed=phase, total=n_phases)
+            if not err.is_terminal:
+                err.print(text, highlight=False)
 
         progress.update(task, description="Loading the model")
         return models.load(name, dtype=dtype, attention=attention, report=report)
