@@ -6,8 +6,7 @@ import gc
 import mmap
 import os
 import threading
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.checked import CheckedDriver
@@ -126,7 +125,7 @@ class Baseline(NamedTuple):
         return cls(len(os.listdir("/proc/self/fd")), threading.active_count())
 
 
-def books(cache: KVCache) -> Mapping[str, object]:
+def books(cache: KVCache) -> dict[str, Any]:
     """All that a call which "changed nothing" must leave alone: states, lengths, tables, counts. No driver calls."""
     slots, pool, region = cache._slots, cache.pool, cache.region
     return {
