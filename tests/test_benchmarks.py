@@ -1,0 +1,96 @@
+"""The benchmark programs run, in their smallest setting, and write the JSON that readers rely on. No times are read."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+import torch
+
+from benchmarks import allocator, generate
+from benchmarks.records import Spread, Target
+from benchmarks.systems import ATTENTIONS, CACHES, TINY
+
+TINY_RUN = ["--model", TINY, "--contexts", "36", "128", "--batches", "2", "--steps", "4", "--rounds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def read(path: Path) -> dict:
+    record = json.loads(path.read_text())
+    assert record["schema"] == 1
+    run = record["run"]
+    for name in ("date", "command", "commit", "python", "torch", "transformers", "cpu", "n_cpus"):
+        assert name in run
+    assert {target["verdict"] for target in record["targets"]} <= {"pass", "miss", "not measured"}
+    return record
+
+
+def test_generate(tmp_path: Path) -> None:
+    out, plot = tmp_path / "generate.json", tmp_path / "generate.png"
+    options = ["--prefill-contexts", "16", "--threads", "1", "--json", str(out), "--plot", str(plot)]
+    generate.main([*TINY_RUN, "--dtypes", "float32", *options])
+    record = read(out)
+    assert record["program"] == "generate"
+    assert record["run"]["threads"] == 1
+    assert plot.stat().st_size > 0
+
+    visits = record["visits"]
+    systems = {(v["context"], v["cache"], v["attention"], v["round"]) for v in visits}
+    expected = {(n, c, a, r) for n in (36, 128) for c in CACHES for a in ATTENTIONS for r in (0, 1)}
+    assert systems == expected | {(n, "static_max", ATTENTIONS[0], 0) for n in (36, 128)}
+    assert len(visits) == len(systems)
+    for visit in visits:
+        assert 3 <= visit["n_steps"] <= 4
+        assert visit["live_bytes"] == 2 * 2 * 2 * 2 * visit["context"] * 16 * 4  # layers, K and V, batch, heads
+        assert visit["peak_kv_bytes"] >= visit["live_bytes"]
+        assert visit["logits_difference"] < 1e-4
+        assert (visit["bookkeeping_share"] is None) == (visit["cache"] != "vmem")
+    # 128 tokens of 64 bytes fill a page of 8 KiB per head: the step behind them maps one in each plane.
+    grown = [v["growth_tokens"] for v in visits if v["cache"] == "vmem" and v["context"] == 128]
+    assert grown == [128] * 4
+    assert {v["growth_tokens"] for v in visits if v["cache"] == "vmem" and v["context"] == 36} == {None}
+
+    assert {(p["cache"], p["round"]) for p in record["prefills"]} == {(c, r) for c in CACHES for r in (0, 1)}
+    assert len(record["summary"]["decode_ratios"]) == 2 * 6
+    assert len(record["summary"]["first_token_ratios"]) == 2
+
+
+def test_generate_refuses_a_context_shorter_than_its_steps() -> None:
+    with pytest.raises(SystemExit):
+        generate.main(["--model", TINY, "--contexts", "16", "--steps", "16"])
+
+
+def test_allocator(tmp_path: Path) -> None:
+    out = tmp_path / "allocator.json"
+    n_open = len(os.listdir("/proc/self/fd"))
+    allocator.main(["--rounds", "1", "--page-sizes", "4096", "--json", str(out)])
+    assert len(os.listdir("/proc/self/fd")) == n_open
+    record = read(out)
+    assert record["program"] == "allocator"
+    paths = allocator.available_paths()
+    assert set(record["ensure_us"]) == set(record["warm_slot_us"]) == set(paths)
+    rows = [(row["path"], row["page_bytes"], row["growth"], row["n_pages"]) for row in record["pages"]]
+    assert rows == [(p, 4096, g, n) for p in paths for g, n in (("decode", 480), ("prefill", 960))]
+
+
+def test_verdicts_follow_the_medians() -> None:
+    near = Spread.of([1.1, 0.9, 1.0])
+    assert (near.median, near.low, near.high) == (1.0, 0.9, 1.1)
+    far = Spread.of([0.5])
+    assert Target("speed", 1.0, True, (("here", near),)).verdict == "pass"
+    assert Target("speed", 1.0, True, (("here", near), ("there", far))).verdict == "miss"
+    assert Target("speed", 1.0, True, (("here", near), ("there", far))).worst == ("there", far)
+    assert Target("cost", 0.6, False, (("here", near), ("there", far))).n_kept == 1
+    assert Target("cost", 0.6, False, ()).verdict == "not measured"
