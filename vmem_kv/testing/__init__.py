@@ -22,6 +22,7 @@ from vmem_kv.testing.faults import (
     no_faults,
 )
 from vmem_kv.testing.memory import HostMemory, ManualFence, Memory
+from vmem_kv.testing.model import ModelMismatch, ReferenceModel
 
 __all__ = [
     "ContractBreach",
@@ -29,8 +30,10 @@ __all__ = [
     "HostMemory",
     "ManualFence",
     "Memory",
+    "ModelMismatch",
     "Plan",
     "Point",
+    "ReferenceModel",
     "Report",
     "check_driver",
     "driver_error",

@@ -399,7 +399,7 @@ def _any_thread_may_call(bench: _Bench) -> None:
             handles.extend(bench.create([reservation.base]))
             bench.map([reservation.base], handles)
             bench.tag(reservation.base, "other thread")
-        except BaseException as error:  # noqa: BLE001 - reported below
+        except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=work)

@@ -1,0 +1,306 @@
+"""A reference model of one cache: what must be mapped, said as simply as possible.
+
+The model is told every call with its outcome and keeps plain dictionaries; it shares no code with the allocator and
+knows a layout only as rows of so many bytes. `compare` holds a cache's statistics and the driver's own table of
+mapped addresses against it.
+
+    page table    {(slot, plane, page index)}   found by walking over the bytes of every token, not by dividing
+    slots         cold | active | retired | warm | broken, with lengths, windows and domains
+    the pool      owned, quarantined and free pages, and the budget
+
+Rules that it predicts exactly, as long as no fault is injected: which pages a growth maps, which slot best fit
+chooses, whose pages are reclaimed and in which order, and when `OutOfPages` and `OutOfSlots` are right. After a call
+that broke off by an injected fault it accepts what the contract allows, no more: sequences are as they were, and
+every slot without an owner has all of its pages or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vmem_kv.stats import CacheStats
+
+Page = tuple[int, int, int]
+"""(slot, plane, page index inside the slot's share of the plane)."""
+
+
+class ModelMismatch(AssertionError):
+    """The cache is not what the calls made so far should have made of it."""
+
+
+@dataclass(slots=True)
+class ModelSlot:
+    """One slot, as its owner sees it."""
+
+    state: str = "cold"
+    n_tokens: int = 0
+    first_token: int = 0
+    n_mapped_tokens: int = 0  # the longest length that pages were mapped for
+    domain: str = ""
+    retired_at: int = 0
+    is_broken: bool = False  # an unmap failed under it: it ends with its sequence
+
+
+@dataclass(slots=True)
+class ReferenceModel:
+    """See this file's first lines.
+
+    Args:
+        row_bytes: Bytes of one token in each plane.
+        page_bytes: The size of a page.
+        n_slots: How many slots there are.
+        max_tokens: Tokens that a slot has room for.
+        max_pages: The budget.
+        keep_freed: Whether the pool keeps pages that come back.
+    """
+
+    row_bytes: Sequence[int]
+    page_bytes: int
+    n_slots: int
+    max_tokens: int
+    max_pages: int
+    keep_freed: bool = False
+    slots: list[ModelSlot] = field(default_factory=list)
+    pages: set[Page] = field(default_factory=set)
+    n_free: int = 0
+    n_quarantined: int = 0
+    clock: int = 0
+    _fronts: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
+    _capacities: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.slots = [ModelSlot() for _ in range(self.n_slots)]
+
+    # What should happen
+
+    def front(self, n_tokens: int) -> set[tuple[int, int]]:
+        """The (plane, page index) that hold any byte of the first `n_tokens` tokens of a slot."""
+        if n_tokens not in self._fronts:
+            found: set[tuple[int, int]] = set()
+            for plane, row in enumerate(self.row_bytes):
+                for token in range(n_tokens):
+                    first_byte, last_byte = token * row, token * row + row - 1
+                    pages = range(first_byte // self.page_bytes, last_byte // self.page_bytes + 1)
+                    found.update((plane, index) for index in pages)
+            self._fronts[n_tokens] = found
+        return self._fronts[n_tokens]
+
+    def capacity(self, slot: int) -> int:
+        """Tokens from the slot's front (mapped or given up) that end inside of its mapped pages."""
+        n_mapped_tokens = self.slots[slot].n_mapped_tokens
+        if n_mapped_tokens not in self._capacities:
+            front = self.front(n_mapped_tokens)
+            longer = range(n_mapped_tokens, self.max_tokens + 1)
+            self._capacities[n_mapped_tokens] = max(n for n in longer if self.front(n) == front)
+        return self._capacities[n_mapped_tokens]
+
+    def missing(self, lengths: dict[int, int]) -> set[Page]:
+        """The pages that a growth to `lengths` maps."""
+        return {
+            (slot, plane, index)
+            for slot, n_tokens in lengths.items()
+            for plane, index in self.front(n_tokens) - self.front(self.slots[slot].n_mapped_tokens)
+        }
+
+    def reclaim_order(self) -> list[int]:
+        """Warm slots, longest retired first."""
+        warm = [slot for slot, state in enumerate(self.slots) if state.state == "warm"]
+        return sorted(warm, key=lambda slot: self.slots[slot].retired_at)
+
+    def best_slot(self, expected_tokens: int) -> int | None:
+        """The slot that best fit must choose: most warm capacity in use, then least idle, then the first."""
+        scores = []
+        for slot, state in enumerate(self.slots):
+            if state.state == "cold":
+                scores.append((0, 0, slot))
+            elif state.state == "warm" and state.first_token:
+                scores.append((0, 1 << 62, slot))  # must be unmapped first: the last resort
+            elif state.state == "warm":
+                capacity = self.capacity(slot)
+                scores.append((-min(capacity, expected_tokens), max(0, capacity - expected_tokens), slot))
+        return min(scores)[2] if scores else None
+
+    @property
+    def n_owned(self) -> int:
+        """Pages that the pool must own."""
+        return len(self.pages) + self.n_free + self.n_quarantined
+
+    @property
+    def n_available(self) -> int:
+        """Pages that can be had without reclaiming."""
+        return self.max_pages - len(self.pages) - self.n_quarantined
+
+    def plan_ensure(self, lengths: dict[int, int]) -> tuple[bool, list[int]]:
+        """Whether a growth must succeed, and which warm slots it must reclaim on the way (also if it fails)."""
+        need, victims, available = len(self.missing(lengths)), [], self.n_available
+        left = self.reclaim_order()
+        while need > available:
+            if not left:
+                return False, victims
+            n_freed = 0
+            while left and n_freed < need:
+                victims.append(left.pop(0))
+                n_freed += self._n_pages(victims[-1])
+            available += n_freed
+        return True, victims
+
+    def plan_resize(self, max_pages: int) -> tuple[bool, list[int]]:
+        """Whether a new budget must be accepted, and which warm slots are reclaimed for it."""
+        n_excess = self.n_owned - max_pages - self.n_free
+        left = self.reclaim_order()
+        victims: list[int] = []
+        if n_excess > sum(self._n_pages(slot) for slot in left):
+            return False, []
+        while n_excess > 0:
+            victims.append(left.pop(0))
+            n_excess -= self._n_pages(victims[-1])
+        return True, victims
+
+    # What did happen
+
+    def acquired(self, slot: int, domain: str) -> None:
+        """A sequence owns `slot` now."""
+        state = self.slots[slot]
+        if state.state not in ("cold", "warm"):
+            raise ModelMismatch(f"slot {slot} was handed out while it is {state.state}")
+        if state.first_token:
+            self._free(slot)
+        state.state, state.n_tokens, state.domain = "active", 0, domain
+
+    def ensured(self, lengths: dict[int, int]) -> None:
+        """Sequences have these lengths now, and the pages for them."""
+        self.premapped(lengths)
+        for slot, n_tokens in lengths.items():
+            self.slots[slot].n_tokens = n_tokens
+
+    def premapped(self, lengths: dict[int, int]) -> None:
+        """Sequences have the pages for these lengths now."""
+        new = self.missing(lengths)
+        self.n_free = max(0, self.n_free - len(new))
+        self.pages |= new
+        for slot, n_tokens in lengths.items():
+            self.slots[slot].n_mapped_tokens = max(self.slots[slot].n_mapped_tokens, n_tokens)
+
+    def reclaimed(self, slots: Iterable[int]) -> None:
+        """Warm slots were unmapped."""
+        for slot in slots:
+            self._free(slot)
+            self.slots[slot].state = "cold"
+
+    def trimmed(self, n_pages: int) -> None:
+        """Free pages were released."""
+        self.n_free -= min(n_pages, self.n_free)
+
+    def resized(self, max_pages: int) -> None:
+        """The budget changed, and free pages beyond it were released."""
+        self.trimmed(max(0, self.n_owned - max_pages))
+        self.max_pages = max_pages
+
+    def slid(self, slot: int, first_token: int) -> None:
+        """A window moved; the tokens before it are nobody's any more."""
+        self.slots[slot].first_token = max(self.slots[slot].first_token, first_token)
+
+    def slide_fence_passed(self, slot: int, first_token: int) -> None:
+        """The pages wholly before the window were unmapped."""
+        gone = {
+            (owner, plane, index)
+            for (owner, plane, index) in self.pages
+            if owner == slot and (index + 1) * self.page_bytes <= first_token * self.row_bytes[plane]
+        }
+        self.pages -= gone
+        self.n_free += len(gone) if self.keep_freed else 0
+
+    def retired(self, slot: int) -> None:
+        """A sequence ended; its fences have not passed yet."""
+        self.slots[slot].state = "retired"
+
+    def fence_passed(self, slot: int) -> None:
+        """Nothing can touch a retired slot any more."""
+        self.clock += 1
+        state = self.slots[slot]
+        state.retired_at = self.clock
+        state.state = "warm" if self._n_pages(slot) else "cold"
+        if state.state == "cold" or state.is_broken:
+            self._free(slot)
+            state.state = "broken" if state.is_broken else "cold"
+
+    def broke_off(self, mapped: set[Page], broken: Iterable[int], n_free: int, n_quarantined: int) -> None:
+        """A call failed by an injected fault: take over what the contract leaves open, after checking it.
+
+        Args:
+            mapped: The pages that the driver has mapped and that are not stuck in quarantine.
+            broken: Slots under which an unmap failed.
+            n_free: Free pages in the pool.
+            n_quarantined: Pages in quarantine.
+
+        Raises:
+            ModelMismatch: A sequence lost or gained a page, or a slot without an owner kept some of its pages only.
+        """
+        if n_quarantined < self.n_quarantined:
+            raise ModelMismatch(f"quarantine shrank from {self.n_quarantined} to {n_quarantined} pages")
+        for slot, state in enumerate(self.slots):
+            before = {page for page in self.pages if page[0] == slot}
+            after = {page for page in mapped if page[0] == slot}
+            if after == before:
+                pass
+            elif state.state in ("active", "retired"):
+                raise ModelMismatch(f"slot {slot} is {state.state}, had pages {sorted(before)}, has {sorted(after)}")
+            elif after:
+                raise ModelMismatch(f"slot {slot} is {state.state} and kept {sorted(after)} of {sorted(before)}")
+            else:
+                self._unmap(slot)
+                state.state = "cold"
+        self.n_free, self.n_quarantined = n_free, n_quarantined
+        for slot in broken:
+            self.slots[slot].is_broken = True
+            if self.slots[slot].state == "cold":
+                self.slots[slot].state = "broken"
+
+    def compare(self, stats: CacheStats, mapped: set[Page]) -> None:
+        """Hold a cache against the model.
+
+        Args:
+            stats: The cache's snapshot; its cache is the only one on its pool.
+            mapped: The pages that the driver has mapped and that are not stuck in quarantine.
+
+        Raises:
+            ModelMismatch: They differ.
+        """
+        if mapped != self.pages:
+            raise ModelMismatch(
+                f"mapped but should not be: {sorted(mapped - self.pages)}; "
+                f"should be mapped: {sorted(self.pages - mapped)}"
+            )
+        by_state = dict.fromkeys(("active", "warm", "retired", "cold", "broken"), 0)
+        for slot, _, _ in self.pages:
+            by_state[self.slots[slot].state] += 1
+        expected = {
+            "n_live_pages": by_state["active"],
+            "n_warm_pages": by_state["warm"],
+            "n_pending_pages": by_state["retired"],
+            "n_free_pages": self.n_free,
+            "n_quarantined_pages": self.n_quarantined,
+            "n_owned_pages": self.n_owned,
+            "n_in_flight_pages": 0,
+            "n_elsewhere_pages": 0,
+            "max_pages": self.max_pages,
+            "live_bytes": sum(self.row_bytes)
+            * sum(state.n_tokens - state.first_token for state in self.slots if state.state == "active"),
+        }
+        actual = {name: getattr(stats, name) for name in expected}
+        if actual != expected or by_state["cold"] or by_state["broken"]:
+            wrong = {name: (actual[name], expected[name]) for name in expected if actual[name] != expected[name]}
+            raise ModelMismatch(f"(actual, expected) differ: {wrong}; pages by state: {by_state}")
+
+    def _n_pages(self, slot: int) -> int:
+        return sum(page[0] == slot for page in self.pages)
+
+    def _free(self, slot: int) -> None:
+        self.n_free += self._n_pages(slot) if self.keep_freed else 0
+        self._unmap(slot)
+
+    def _unmap(self, slot: int) -> None:
+        self.pages = {page for page in self.pages if page[0] != slot}
+        state = self.slots[slot]
+        state.first_token = state.n_mapped_tokens = 0
