@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from vmem_kv.driver.base import PASSED, Fence
+from vmem_kv.driver.base import PASSED, Fence, Handle
 from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddressSpace, UsageError
 from vmem_kv.growth import GrowthPlan, SlotId, plan_growth
 from vmem_kv.layout import Layout
@@ -210,9 +210,9 @@ class KVCache:
         """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
         return sum(self.region.n_pages(s) for s in self._slots.warm if s not in self._slots.busy)
 
-    def n_mapped_pages(self) -> int:
-        """Pages mapped in this region, whatever their state. The caller holds the pool's lock."""
-        return sum(self.region.n_pages(slot_id) for slot_id in self.region.mapped)
+    def mapped_handles(self) -> list[Handle]:
+        """Every page mapped in this region, whatever its slot's state. The caller holds the pool's lock."""
+        return [handle for planes in self.region.handles().values() for handles in planes for handle in handles]
 
     def n_tokens(self, slot_id: SlotId) -> int:
         """Tokens in a sequence.

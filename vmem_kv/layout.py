@@ -21,6 +21,7 @@ and of the token row, so that every slot starts at a page and at a whole row of 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -215,10 +216,10 @@ LAYOUT_KINDS = ("per_head", "per_layer", "group:2", "group:4", "token_major")
 
 def _partition(kind: str, layers: Sequence[LayerSpec]) -> list[list[Piece]]:
     """Split all pieces over planes; pieces in one list share a plane, in that order."""
-    name, _, group = kind.partition(":")
-    if name not in _KINDS or (name == "group") != group.isdigit() or group == "0":
+    match = re.fullmatch(r"(per_head|per_layer|token_major)|(group):([1-9][0-9]*)", kind)
+    if match is None:
         raise ConfigError(f"unknown layout {kind!r}; choose auto, per_head, per_layer, group:N or token_major")
-    return _KINDS[name](layers, int(group or 1))
+    return _KINDS[match[1] or match[2]](layers, int(match[3] or 1))
 
 
 class Choice(NamedTuple):
@@ -251,7 +252,7 @@ def choose_layout(
     driver calls). Where no layout fits, the last one is taken: the pool raises `OutOfMappings` when it comes to it.
 
     Raises:
-        ConfigError: `page_bytes` is not a multiple of the granularity, or `kind` is unknown.
+        ConfigError: `page_bytes` is not a multiple of the granularity, `kind` is unknown, or a count is not positive.
     """
     granularity = info.granularity_bytes
     if page_bytes is not None and (page_bytes < granularity or page_bytes % granularity):
@@ -259,6 +260,8 @@ def choose_layout(
             f"page_bytes is {page_bytes}; on {info.device} it must be a multiple of {granularity} "
             f"(for example {round_up(max(page_bytes, 1), granularity)})"
         )
+    if n_slots < 1 or expected_tokens < 1:
+        raise ConfigError(f"n_slots is {n_slots} and expected_tokens {expected_tokens}; both must be at least 1")
     kinds = (kind,) if kind != "auto" else _preferred_kinds(info, len(layers))
     for candidate in kinds:
         rows = [sum(_piece_bytes(layers, p) for p in pieces) for pieces in _partition(candidate, layers)]

@@ -36,8 +36,8 @@ class Reclaimer(Protocol):
     def n_warm_pages(self) -> int:
         """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
 
-    def n_mapped_pages(self) -> int:
-        """Pages mapped by this member. The caller holds the pool's lock."""
+    def mapped_handles(self) -> list[Handle]:
+        """Every page mapped by this member. The caller holds the pool's lock."""
 
 
 class PagePool:
@@ -257,11 +257,11 @@ class PagePool:
         counts = (self.n_free, self.n_in_flight, self.n_mapped, self.n_quarantined, self.n_mappings)
         if n_known != self.n_owned or self.n_owned > self.max_pages or min(counts) < 0:
             raise InvariantError(f"the pool's books do not add up: {self._dump()}")
-        if len({*self._free, *self._quarantined}) != self.n_free + self.n_quarantined:
-            raise InvariantError(f"a handle is in the pool twice: {self._dump()}")
-        n_in_regions = sum(member.n_mapped_pages() for member in list(self._members))
-        if n_in_regions != self.n_mapped:
-            raise InvariantError(f"the regions hold {n_in_regions} mapped pages: {self._dump()}")
+        mapped = [handle for member in list(self._members) for handle in member.mapped_handles()]
+        if len(mapped) != self.n_mapped:
+            raise InvariantError(f"the regions hold {len(mapped)} mapped pages: {self._dump()}")
+        if len({*self._free, *self._quarantined, *mapped}) != self.n_free + self.n_quarantined + len(mapped):
+            raise InvariantError(f"a page is in two places at once: {self._dump()}")
 
     def _release(self, handles: Sequence[Handle], *, raise_error: bool = False) -> None:
         """Release in-flight pages; quarantine those that the driver does not take."""

@@ -41,12 +41,13 @@ class Premapper:
         self._request: dict[SlotId, int] | None = None
         self._stopping = False
         self._idle = True
+        self._ended = False
         self._thread: threading.Thread | None = None
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are still being worked on."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._ended
 
     def start(self) -> None:
         """Start the thread.
@@ -56,8 +57,9 @@ class Premapper:
         """
         if self._thread is not None:
             raise UsageError("a Premapper starts once; make a new one")
-        self._thread = threading.Thread(target=self._run, name="vmem_kv-premap", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="vmem_kv-premap", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def request(self, lengths: Mapping[SlotId, int]) -> None:
         """Ask for room behind these lengths. Returns at once; a newer request replaces one not begun yet."""
@@ -105,8 +107,8 @@ class Premapper:
             self.error = error
             _LOG.warning("premapping ended, mapping is synchronous from now on: %s", error)
         finally:
-            with self._wake:
-                self._idle = True
+            with self._wake:  # here and not when the thread is gone: nobody would wake those who wait for it
+                self._idle = self._ended = True
                 self._wake.notify_all()
 
     def _next_request(self) -> dict[SlotId, int] | None:

@@ -35,10 +35,12 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         ConfigError: ``text`` is not a non-negative number with an optional unit.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?\s*", str(text).lower(), re.ASCII)
     if match is None:
         raise ConfigError(f"{text!r} is not a size in bytes; write for example 65536, 64k, 512MiB or 2g")
-    return int(float(match[1]) * _SUFFIXES[match[2]])
+    whole, _, fraction = match[1].partition(".")
+    unit = _SUFFIXES[match[2]]
+    return int(whole) * unit + int(fraction or 0) * unit // 10 ** len(fraction)
 
 
 def format_bytes(n_bytes: int) -> str:
