@@ -66,9 +66,13 @@ class CheckedDriver(Driver):
                 raise UsageError(f"free_reservation of {reservation}, which is not reserved")
             if any(reservation.base <= address < reservation.end for address in self._mapped):
                 raise UsageError(f"free_reservation of {reservation} with pages mapped in it")
-        self.inner.free_reservation(reservation)
-        with self._lock:
-            self._reservations.remove(reservation)
+            self._reservations.remove(reservation)  # before the call: its addresses may be given to another thread
+        try:
+            self.inner.free_reservation(reservation)
+        except BaseException:
+            with self._lock:
+                self._reservations.add(reservation)
+            raise
 
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
         self._require_multiple("create", page_bytes)
@@ -145,6 +149,8 @@ class CheckedDriver(Driver):
                     raise UsageError(f"release of handle {handle}, which is no live page of {page_bytes} bytes")
                 if self._n_mappings[handle]:
                     raise UsageError(f"release of handle {handle}, which is mapped")
+            for handle in handles:  # before the call: their names may be given to another thread's pages
+                del self._page_bytes[handle], self._n_mappings[handle]
         n_done = 0
         try:
             self.inner.release(page_bytes, handles)
@@ -154,8 +160,7 @@ class CheckedDriver(Driver):
             raise
         finally:
             with self._lock:
-                for handle in handles[:n_done]:
-                    del self._page_bytes[handle], self._n_mappings[handle]
+                self._page_bytes.update(dict.fromkeys(handles[n_done:], page_bytes))
 
     def scrub(self, spans: Sequence[Span]) -> None:
         with self._lock:

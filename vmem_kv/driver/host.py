@@ -134,12 +134,14 @@ class HostDriver(Driver):
         self._enter("free_reservation")
         if reservation not in self._reservations:
             raise UsageError(f"{reservation} is not a live reservation of this driver")
-        if libc.munmap(reservation.base, reservation.n_bytes) != 0:
-            _raise("free_reservation", ctypes.get_errno())
         gone = range(reservation.base, reservation.end)
-        with self._lock:
+        with self._lock:  # before the call: from then on another thread may reserve the same addresses
             self._reservations.remove(reservation)
-            self._orphans = sorted([*self._orphans, *((h, n) for h, n in self._pages.items() if h in gone)])
+            orphans = {(h, n) for h, n in self._pages.items() if h in gone}
+            self._orphans = sorted(orphans.union(self._orphans))
+        if libc.munmap(reservation.base, reservation.n_bytes) != 0:
+            self._reservations.add(reservation)
+            _raise("free_reservation", ctypes.get_errno())
 
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
         self._enter("create")

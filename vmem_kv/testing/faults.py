@@ -203,10 +203,10 @@ class FaultyDriver(Driver):
             self._n_of_kind[operation] += 1
             point = Point(operation, len(self.points) + 1, self._n_of_kind[operation])
             self.points.append(point)
-            error = self.plan(point)
-            if error is not None:
-                self.faults.append(point)
+        error = self.plan(point)  # without the lock: a plan may wait for something
         if error is not None:
+            with self._lock:
+                self.faults.append(point)
             error.n_done = n_done
             raise error
 

@@ -1,0 +1,316 @@
+"""Which slot is chosen, and the worker that maps ahead."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+
+import pytest
+
+from vmem_kv.cache import KVCache
+from vmem_kv.driver.base import PASSED
+from vmem_kv.errors import DriverError, OutOfPages, OutOfSlots, UsageError
+from vmem_kv.growth import SlotId
+from vmem_kv.premap import Premapper
+from vmem_kv.slots import SlotState, SlotTable
+from vmem_kv.testing import fail_kind
+
+from .bench import Baseline, Bench, books
+
+# Best fit
+
+
+def table_of(capacities: list[int | None]) -> SlotTable:
+    """A table with warm slots of these capacities; None is cold, -1 is active."""
+    table = SlotTable(len(capacities))
+    for index, capacity in enumerate(capacities):
+        slot_id = SlotId(index)
+        if capacity is None:
+            continue
+        table.activate(slot_id, max(capacity, 0), "")
+        if capacity >= 0:
+            table.retire([slot_id], PASSED)
+            table.settle(slot_id, capacity)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("capacities", "expected_tokens", "chosen"),
+    [
+        ([None, None], 10, 0),
+        ([None, 10, 20], 10, 1),  # the exact fit
+        ([None, 8, 20], 10, 2),  # more reuse beats less idle
+        ([30, 20, 40], 10, 1),  # the least idle of those that are long enough
+        ([5, 9, 7], 100, 1),  # none is long enough: the longest
+        ([20, None], 0, 1),  # nothing expected: leave the warm one to somebody who needs it
+        ([-1, 20, 20], 10, 1),  # equals: the front
+        ([0, None], 10, 1),  # a slot whose front is gone is the last resort
+        ([-1, 0], 10, 1),
+    ],
+)
+def test_the_best_fitting_slot_is_chosen(capacities: list[int | None], expected_tokens: int, chosen: int) -> None:
+    assert table_of(capacities).choose(1, expected_tokens) == [chosen]
+
+
+def test_the_best_run_of_neighbours_is_the_one_that_trying_all_finds() -> None:
+    choose = random.Random(1)
+    for _ in range(2000):
+        capacities = [choose.choice([None, -1, 0, 3, 8, 20]) for _ in range(choose.randint(1, 7))]
+        n_slots, expected = choose.randint(1, 4), choose.choice([0, 5, 30])
+        table = table_of(capacities)
+        best = None
+        for first in range(len(capacities) - n_slots + 1):
+            run = capacities[first : first + n_slots]
+            if -1 in run:
+                continue
+            reused = sum(min(c or 0, expected) for c in run)
+            idle = sum((max(0, c - expected) if c else 1 << 62) for c in run if c is not None)
+            best = min(best or (1, 0, 0), (-reused, idle, first))
+        if best is None:
+            with pytest.raises(OutOfSlots):
+                table.choose(n_slots, expected)
+        else:
+            assert list(table.choose(n_slots, expected)) == list(range(best[2], best[2] + n_slots))
+
+
+def test_busy_and_broken_slots_are_passed_over() -> None:
+    table = table_of([20, 20, None, None])
+    table.busy.add(SlotId(0))
+    table.cool(SlotId(1))
+    table.break_([SlotId(1)])
+    assert table.choose(1, 20) == [2]
+    assert table.choose(2, 20) == [2, 3]
+    assert table.state[1] is SlotState.BROKEN
+
+
+def test_only_what_nobody_owns_can_break() -> None:
+    table = table_of([-1, 20])
+    table.break_([SlotId(0), SlotId(1)])
+    assert table.state == [SlotState.ACTIVE, SlotState.WARM]
+
+
+# Mapping ahead
+
+
+def test_premapping_maps_and_keeps_the_length() -> None:
+    bench = Bench()
+    slot_id = bench.grown(5)
+    n_pages = bench.cache.premap({slot_id: 30})
+    assert n_pages == bench.layout.n_pages(30) - bench.layout.n_pages(5)
+    assert bench.cache.n_tokens(slot_id) == 5
+    assert bench.cache.premap({slot_id: 30}) == 0
+    calls = dict(bench.driver.calls)
+    bench.cache.ensure({slot_id: 30})
+    assert bench.driver.calls == calls
+    bench.check()
+    bench.retire_all()
+    bench.close()
+
+
+def test_premapping_stops_at_the_end_of_the_slot_and_passes_over_slots_that_are_gone() -> None:
+    bench = Bench()
+    slot_id = bench.grown(5)
+    bench.cache.premap({slot_id: 10_000, SlotId(3): 20, SlotId(77): 3})
+    assert bench.cache.token_capacity(slot_id) == 48
+    bench.check()
+    bench.retire_all()
+    bench.close()
+
+
+def test_premapping_never_reclaims_what_somebody_left_warm() -> None:
+    bench = Bench(max_pages=12)
+    bench.cache.retire(bench.grown(1))
+    slot_id = bench.cache.acquire(expected_tokens=0)
+    bench.cache.ensure({slot_id: 1})
+    before = books(bench.cache)
+    with pytest.raises(OutOfPages):
+        bench.cache.premap({slot_id: 48})
+    assert books(bench.cache) == before
+    bench.retire_all()
+    bench.close()
+
+
+def test_a_slot_retired_while_its_premapping_waited_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    first, second = bench.grown(5), bench.grown(5)
+    exclusive = KVCache._exclusive
+
+    def retired_meanwhile(cache: KVCache, slots: dict[SlotId, int]) -> object:
+        monkeypatch.undo()
+        bench.cache.retire(first)
+        return exclusive(cache, slots)
+
+    monkeypatch.setattr(KVCache, "_exclusive", retired_meanwhile)
+    n_pages = bench.cache.premap({first: 48, second: 48})
+    assert n_pages == bench.layout.n_pages(48) - bench.layout.n_pages(5)
+    bench.check()
+    bench.retire_all()
+    bench.close()
+
+
+def test_the_worker_maps_ahead_of_what_it_is_told() -> None:
+    bench = Bench()
+    slot_id = bench.grown(5)
+    before = Baseline.now()
+    with Premapper(bench.cache, 20) as premapper:
+        assert Baseline.now().n_threads == before.n_threads + 1
+        premapper.request({slot_id: 5})
+        assert premapper.wait_idle()
+        assert premapper.n_pages == bench.layout.n_pages(25) - bench.layout.n_pages(5)
+        assert bench.cache.token_capacity(slot_id) >= 25
+        premapper.request({slot_id: 48})
+        assert premapper.wait_idle()
+        bench.check()
+        assert premapper.is_alive
+    assert not premapper.is_alive
+    assert Baseline.now() == before
+    assert bench.cache.token_capacity(slot_id) == 48
+    bench.retire_all()
+    bench.close()
+
+
+def test_the_worker_counts_what_it_had_no_room_for_and_goes_on() -> None:
+    bench = Bench(max_pages=6)
+    slot_id = bench.grown(5)
+    with Premapper(bench.cache, 48) as premapper:
+        premapper.request({slot_id: 5})
+        assert premapper.wait_idle()
+        assert (premapper.n_skipped, premapper.is_alive) == (1, True)
+        bench.pool.resize(64)
+        premapper.request({slot_id: 5})
+        assert premapper.wait_idle()
+        assert bench.cache.token_capacity(slot_id) == 48
+    bench.retire_all()
+    bench.close()
+
+
+@pytest.mark.parametrize("operation", ["bind_thread", "map", "create", "set_access"])
+def test_a_worker_that_died_says_why_and_mapping_goes_on_without_it(
+    operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    slot_id = bench.grown(5)
+
+    def broken(point: object) -> DriverError | None:
+        return DriverError(operation, 5, "EIO") if point.operation == operation else None  # type: ignore[attr-defined]
+
+    premapper = Premapper(bench.cache, 20)
+    with bench.faulty.failing(broken):
+        premapper.start()
+        premapper.request({slot_id: 5})
+        assert premapper.wait_idle()
+    assert isinstance(premapper.error, DriverError)
+    assert not premapper.is_alive
+    assert "synchronous from now on" in caplog.text
+    premapper.request({slot_id: 5})  # harmless
+    assert premapper.wait_idle(0.001)
+    bench.check()
+    bench.cache.ensure({slot_id: 48})
+    bench.check()
+    premapper.stop()
+    bench.retire_all()
+    bench.close()
+
+
+def test_waiting_for_a_worker_that_dies_with_a_request_open_ends_at_once() -> None:
+    bench = Bench()
+    slot_id = bench.grown(5)
+    premapper = Premapper(bench.cache, 20)
+
+    def dies(lengths: dict[SlotId, int]) -> int:
+        premapper.request(lengths)  # one more comes in meanwhile
+        raise DriverError("map", 5, "EIO")
+
+    bench.cache.premap = dies  # type: ignore[method-assign, assignment]
+    waited = threading.Event()
+    with premapper._wake:  # the worker cannot begin before we wait
+        premapper.start()
+        premapper.request({slot_id: 5})
+        assert premapper.wait_idle(60)
+        waited.set()
+    assert isinstance(premapper.error, DriverError)
+    premapper.stop()
+    bench.retire_all()
+    bench.close()
+
+
+def test_a_worker_starts_once_and_stops_as_often_as_you_like() -> None:
+    bench = Bench()
+    premapper = Premapper(bench.cache, 1)
+    premapper.stop()
+    premapper = Premapper(bench.cache, 1)
+    premapper.start()
+    with pytest.raises(UsageError, match="starts once"):
+        premapper.start()
+    premapper.stop()
+    premapper.stop()
+    with pytest.raises(UsageError, match="premap_tokens"):
+        Premapper(bench.cache, 0)
+    bench.close()
+
+
+def test_a_worker_inside_a_driver_call_is_not_left_behind_silently() -> None:
+    bench = Bench()
+    slot_id = bench.grown(5)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def blocks(point: object) -> None:
+        inside.set()
+        go_on.wait(60)
+
+    premapper = Premapper(bench.cache, 20)
+    premapper.start()
+    bench.faulty.plan = lambda point: blocks(point) if point.operation == "set_access" else None
+    premapper.request({slot_id: 5})
+    assert inside.wait(60)
+    with pytest.raises(UsageError, match="did not stop"):
+        premapper.stop(0.001)
+    with pytest.raises(UsageError):
+        bench.cache.close()  # the slot is in use
+    go_on.set()
+    premapper.stop()
+    bench.check()
+    bench.retire_all()
+    bench.close()
+
+
+def test_growth_waits_for_the_worker_on_the_same_slot_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    slot_id, other = bench.grown(5), bench.grown(5)
+    inside, go_on = threading.Event(), threading.Event()
+    main = threading.get_ident()
+
+    def blocks(point: object) -> None:
+        if point.operation == "map" and threading.get_ident() != main:  # type: ignore[attr-defined]
+            inside.set()
+            go_on.wait(60)
+
+    with Premapper(bench.cache, 20) as premapper:
+        bench.faulty.plan = blocks  # type: ignore[assignment]
+        premapper.request({slot_id: 5})
+        assert inside.wait(60)
+        bench.cache.ensure({other: 40})  # passes
+        monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.001)
+        with pytest.raises(DriverError, match="stayed busy"):
+            bench.cache.ensure({slot_id: 40})
+        monkeypatch.undo()
+        go_on.set()
+        bench.cache.ensure({slot_id: 40})
+    bench.check()
+    bench.retire_all()
+    bench.close()
+
+
+def test_failing_once_in_the_worker_leaves_nothing_behind() -> None:
+    for operation, n in itertools.product(("create", "map", "set_access"), (1, 2, 3)):
+        bench = Bench()
+        slot_id = bench.grown(5)
+        before = books(bench.cache)
+        with bench.faulty.failing(fail_kind(operation, n)), Premapper(bench.cache, 40) as premapper:
+            premapper.request({slot_id: 5})
+            assert premapper.wait_idle()
+        assert books(bench.cache) == before
+        bench.check()
+        bench.retire_all()
+        bench.close()
