@@ -40,7 +40,7 @@ def parse_bytes(text: str | int) -> int:
         raise ConfigError(f"{text!r} is not a size in bytes; write for example 65536, 64k, 512MiB or 2g")
     whole, _, fraction = match[1].partition(".")
     unit = _SUFFIXES[match[2]]
-    return int(whole) * unit + int(fraction or 0) * unit // 10 ** len(fraction)
+    return int(whole) * unit + int(int(fraction or 0) * unit // 10 ** len(fraction))
 
 
 def format_bytes(n_bytes: int) -> str:

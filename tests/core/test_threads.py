@@ -183,7 +183,9 @@ def test_threads_that_reclaim_from_each_others_caches_do_not_wait_for_each_other
 def test_an_owner_notices_the_bytes_of_another(monkeypatch: pytest.MonkeyPatch, keep_freed: bool) -> None:
     monkeypatch.setattr("vmem_kv.testing.FaultyDriver.scrub", lambda driver, spans: None)
     bench = Bench(max_pages=40, n_slots=2, keep_freed=keep_freed)
-    run_all(Owner(bench, bench.cache, 1))
+    bench.cache.retire([bench.grown(30, b"\x07", domain="7"), bench.grown(30, b"\x07", domain="7")])
+    if keep_freed:
+        bench.cache.reclaim(1000)
     with pytest.raises(AssertionError, match="sees the bytes"):
         run_all(Owner(bench, bench.cache, 2))
 

@@ -76,6 +76,8 @@ class CheckedDriver(Driver):
 
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
         self._require_multiple("create", page_bytes)
+        for place in places:
+            self._require_multiple("create at", place)
         n_before = len(created)
         try:
             self.inner.create(page_bytes, places, created)

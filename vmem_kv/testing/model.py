@@ -133,8 +133,9 @@ class ReferenceModel:
 
     def plan_ensure(self, lengths: dict[int, int]) -> tuple[bool, list[int]]:
         """Whether a growth must succeed, and which warm slots it must reclaim on the way (also if it fails)."""
-        need, victims, available = len(self.missing(lengths)), [], self.n_available
+        need, available = len(self.missing(lengths)), self.n_available
         left = self.reclaim_order()
+        victims: list[int] = []
         while need > available:
             if not left:
                 return False, victims
