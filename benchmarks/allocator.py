@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.records import Spread, Target, describe_run, print_targets, write_json
+from benchmarks.records import Spread, Target, describe_run, print_targets, warn_if_busy, write_json
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.driver.host_mapper import Mapper, open_mapper
@@ -85,6 +85,8 @@ class PageCosts:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; return its record."""
     options = parse(arguments)
+    console = Console()
+    warn_if_busy(console)
     run = describe_run()
     paths = available_paths()
     steady = {path: measure_ensure(path, options.rounds) for path in paths}
@@ -116,7 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for path in paths
         for bare, ratio in (("its mapper alone", _ratio), ("fallocate + mmap in C", _ratio_to_c))
     ]
-    console = Console()
     print_tables(console, steady, warm, pages)
     print_targets(console, targets)
     record = {

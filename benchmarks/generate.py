@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.generate_report import draw, evaluate_targets, print_tables, summarise
-from benchmarks.records import describe_run, write_json
+from benchmarks.records import describe_run, warn_if_busy, write_json
 from benchmarks.systems import (
     ATTENTIONS,
     CACHES,
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console()
+    warn_if_busy(console)
     run = describe_run() | {"threads": torch.get_num_threads()}
     visits: list[Visit] = []
     prefills: list[Prefill] = []

@@ -107,6 +107,13 @@ def print_targets(console: Console, targets: Sequence[Target]) -> None:
     console.print(table)
 
 
+def warn_if_busy(console: Console) -> None:
+    """Say so if other processes are at work: ratios survive that better than times, but not unharmed."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        console.print(f"[yellow]load average {load:.1f}: other processes are running, expect noise[/]")
+
+
 def describe_run() -> dict[str, Any]:
     """Return what somebody needs who wants to run the same again, or to judge how quiet the machine was."""
     return {

@@ -69,6 +69,8 @@ class Visit:
     growth_tokens: float | None
     """Steps from one such step to the next."""
     faults_per_step: float
+    """For `dynamic` this depends on the process's past: glibc serves a block from its heap, without faults, if a
+    block as large was freed before (up to 32 MiB), and else from fresh pages."""
     live_bytes: int
     """What `context` tokens of every sequence need."""
     peak_kv_bytes: int
@@ -79,7 +81,8 @@ class Visit:
     peak_resident_bytes: int | None
     """The most that the process's resident memory grew, attention's temporaries included."""
     logits_difference: float
-    """Greatest difference to the logits of the round's first system, at the first step."""
+    """Greatest difference to the logits of the first system with this attention function, at the first step. Random
+    K and V amplify rounding: in bfloat16, what is not equal to the bit can be far apart."""
 
     @property
     def bookkeeping_share(self) -> float | None:
@@ -133,7 +136,7 @@ class Bench:
     keys: torch.Tensor = field(init=False)
     values: torch.Tensor = field(init=False)
     tokens: torch.Tensor = field(init=False)
-    reference_logits: torch.Tensor | None = None
+    reference_logits: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -184,8 +187,7 @@ class Bench:
             peak_resident = process.peak_resident_bytes() - resident_before if can_see_peak else None
             is_ours = isinstance(cache, VmemCache)
             growth = self._grow(cache, clock) if isinstance(cache, VmemCache) else None
-        if self.reference_logits is None:
-            self.reference_logits = first_logits
+        reference_logits = self.reference_logits.setdefault(attention, first_logits)
         visit = Visit(
             **{name: getattr(point, name) for name in Point.__slots__},
             round=round_index,
@@ -203,7 +205,7 @@ class Bench:
             peak_kv_bytes=peak_kv_bytes,
             peak_kv_bytes_after_growth=_peak_kv_bytes(cache) if is_ours else None,
             peak_resident_bytes=peak_resident,
-            logits_difference=(first_logits - self.reference_logits).abs().max().item(),
+            logits_difference=(first_logits - reference_logits).abs().max().item(),
         )
         visit.decode_tokens_per_s = point.batch * 1e3 / (visit.step_ms + visit.growth_ms_per_step)
         if isinstance(cache, VmemCache):
