@@ -13,6 +13,10 @@
 #include <stdint.h>
 #include <sys/mman.h>
 
+#ifndef MADV_POPULATE_WRITE /* Linux 5.14; older C libraries do not name it */
+#define MADV_POPULATE_WRITE 23
+#endif
+
 /* Bumped whenever a signature or its meaning changes; the Python side refuses any other number. */
 int vmem_host_abi(void) {
     return 2;
@@ -81,11 +85,14 @@ int vmem_host_map(int fd, const int64_t *addresses, const int64_t *offsets, size
                offsets[first + run] == offsets[first + run - 1] + page_bytes) {
             run++;
         }
-        int error = map_over(addresses[first], run * (size_t)page_bytes, PROT_READ | PROT_WRITE,
-                             MAP_SHARED | MAP_POPULATE, fd, offsets[first], run, n_done);
+        int error = map_over(addresses[first], run * (size_t)page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+                             offsets[first], run, n_done);
         if (error != 0) {
             return error;
         }
+        /* Cheaper than MAP_POPULATE. Its result does not matter: the pages are backed, and where the kernel does not
+         * know the advice, the page tables fill at the first touch. */
+        (void)madvise((void *)(uintptr_t)addresses[first], run * (size_t)page_bytes, MADV_POPULATE_WRITE);
     }
     return 0;
 }

@@ -347,7 +347,7 @@ class KVCache:
         """Take pages and map them; on a shortage reclaim warm slots and try again, as long as that gives pages."""
         while True:
             try:
-                handles, n_used = self.pool.take(plan.places())
+                handles, n_used = self.pool.take(plan.places)
                 self.region.map(plan, handles, n_used)
                 return
             except CapacityError:

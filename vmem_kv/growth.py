@@ -38,13 +38,9 @@ class GrowthPlan:
     """What `plan_growth` found. `page_bytes` times `n_pages` is the memory it takes."""
 
     runs: tuple[Run, ...]
+    places: list[int]  # the address of every page, in the order of the runs
     n_pages: int
     page_bytes: int
-
-    def places(self) -> list[int]:
-        """The address of every page, in the order of the runs."""
-        step = self.page_bytes
-        return [a for run in self.runs for a in range(run.address, run.address + run.n_pages * step, step)]
 
 
 def plan_growth(
@@ -62,6 +58,7 @@ def plan_growth(
         OutOfAddressSpace: A length exceeds the slot's share of virtual memory.
     """
     runs: list[Run] = []
+    places: list[int] = []
     page_bytes = layout.page_bytes
     for slot_id, n_tokens in lengths.items():
         if n_tokens > layout.max_tokens:
@@ -69,9 +66,11 @@ def plan_growth(
                 f"{n_tokens} tokens do not fit in a slot of {layout.max_tokens}; "
                 "open the cache with a larger max_tokens"
             )
-        for plane_index, (plane, pages) in enumerate(zip(layout.planes, mapped[slot_id], strict=True)):
+        for plane_index, (plane, (_, first)) in enumerate(zip(layout.planes, mapped[slot_id], strict=True)):
             end = -(-n_tokens * plane.token_bytes // page_bytes)
-            if end > pages.end:
-                address = base + plane.base_bytes + slot_id * plane.span_bytes + pages.end * page_bytes
-                runs.append(Run(slot_id, plane_index, address, end - pages.end))
-    return GrowthPlan(tuple(runs), sum(run.n_pages for run in runs), page_bytes)
+            if end > first:
+                start = base + plane.base_bytes + slot_id * plane.span_bytes
+                address = start + first * page_bytes
+                runs.append(Run(slot_id, plane_index, address, end - first))
+                places += range(address, start + end * page_bytes, page_bytes)
+    return GrowthPlan(tuple(runs), places, len(places), page_bytes)

@@ -54,7 +54,7 @@ class Region:
             OutOfMappings: Nothing changed; the handles are back in the pool.
             DriverError: Undone; the handles are back in the pool, but for those that had to be quarantined.
         """
-        driver, places = self.pool.driver, plan.places()
+        driver, places = self.pool.driver, plan.places
         n_mappings = self._count_new_mappings(plan, handles)
         n_mapped = 0
         try:
@@ -204,13 +204,18 @@ class Region:
 
     def _count_new_mappings(self, plan: GrowthPlan, handles: Sequence[Handle]) -> int:
         """What mapping `handles` adds to the system's count, given what each run continues."""
-        n_mappings, first = 0, 0
+        info, step = self.pool.driver.info, plan.page_bytes
+        if not info.neighbours_merge:
+            return plan.n_pages * info.mappings_per_run
+        n_runs, first = 0, 0
         for slot_id, plane_index, _, n_pages in plan.runs:
-            last = self._handles[slot_id][plane_index][-1:]
-            new = self._count_mappings([*last, *handles[first : first + n_pages]])
-            n_mappings += new - self._count_mappings(last)
+            mapped = self._handles[slot_id][plane_index]
+            previous = mapped[-1] if mapped else -1  # no page lies one step behind -1
+            for handle in handles[first : first + n_pages]:
+                n_runs += handle - previous != step
+                previous = handle
             first += n_pages
-        return n_mappings
+        return n_runs * info.mappings_per_run
 
     def _count_mappings(self, handles: Sequence[Handle]) -> int:
         """What a contiguous row of pages costs of the driver's `max_mappings`."""

@@ -258,7 +258,7 @@ def test_a_plan_is_the_missing_pages_in_order_and_nothing_else() -> None:
         for plane in layout.planes
         for page in range(first, -(-n_tokens * plane.token_bytes // 64))
     ]
-    assert plan.places() == expected
+    assert plan.places == expected
     assert plan.n_pages == len(expected)
     assert [(run.slot_id, run.plane_index) for run in plan.runs] == sorted(
         (run.slot_id, run.plane_index) for run in plan.runs

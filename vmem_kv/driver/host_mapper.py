@@ -19,8 +19,8 @@ ABI = 2
 
 PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
-MAP_NORESERVE, MAP_POPULATE = 0x4000, 0x8000
-MADV_DONTFORK = 10
+MAP_NORESERVE = 0x4000
+MADV_DONTFORK, MADV_POPULATE_WRITE = 10, 23
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -69,7 +69,6 @@ class SyscallMapper:
         return _fallocate_runs(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offsets, page_bytes)
 
     def map(self, fd: int, addresses: Sequence[int], offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:
-        flags = MAP_SHARED | MAP_POPULATE
         first, n = 0, len(addresses)
         while first < n:
             end = first + 1
@@ -80,9 +79,10 @@ class SyscallMapper:
             ):
                 end += 1
             n_bytes = (end - first) * page_bytes
-            code, is_done = _map_over(addresses[first], n_bytes, PROT_READ_WRITE, flags, fd, offsets[first])
+            code, is_done = _map_over(addresses[first], n_bytes, PROT_READ_WRITE, MAP_SHARED, fd, offsets[first])
             if code:
                 return code, end if is_done else first
+            libc.madvise(addresses[first], n_bytes, MADV_POPULATE_WRITE)  # an older kernel fills at the first touch
             first = end
         return 0, n
 
