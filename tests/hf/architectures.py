@@ -81,7 +81,13 @@ def _qwen3() -> PreTrainedConfig:
 
 def _gpt2() -> PreTrainedConfig:
     return transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=128, n_layer=2, n_head=4, n_positions=MAX_POSITIONS, tie_word_embeddings=False, **SPECIAL_TOKENS
+        vocab_size=VOCABULARY,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        n_positions=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        **SPECIAL_TOKENS,
     )
 
 
@@ -245,7 +251,12 @@ def _lfm2() -> PreTrainedConfig:
 
 def _mamba() -> PreTrainedConfig:
     return transformers.MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8, tie_word_embeddings=False, **SPECIAL_TOKENS
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        state_size=8,
+        tie_word_embeddings=False,
+        **SPECIAL_TOKENS,
     )
 
 
@@ -308,7 +319,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         _architecture(_falcon_h1, "FalconH1ForCausalLM", "hybrid"),
         _architecture(_lfm2, "Lfm2ForCausalLM", "full_attention", "conv"),
         _architecture(_mamba, "MambaForCausalLM", "linear_attention", cache_argument="cache_params"),
-        _architecture(_t5, "T5ForConditionalGeneration", "full_attention", is_encoder_decoder=True, attention_scale=8.0),
+        _architecture(
+            _t5, "T5ForConditionalGeneration", "full_attention", is_encoder_decoder=True, attention_scale=8.0
+        ),
         _architecture(_bart, "BartForConditionalGeneration", "full_attention", is_encoder_decoder=True),
     )
 }
@@ -322,10 +335,8 @@ def _scale_matrices(model: PreTrainedModel, attention_scale: float) -> None:
             parameter.mul_(attention_scale if is_attention else 3.0)
 
 
-@functools.lru_cache(maxsize=None)
-def build_model(
-    name: str, dtype: torch.dtype = torch.float32, attention: str | None = None
-) -> PreTrainedModel:
+@functools.cache
+def build_model(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
     """Return the architecture's model, the same one for the same arguments. `attention=None` is the model's default."""
     if dtype == torch.float32 and attention is None:
         architecture = ARCHITECTURES[name]
@@ -340,7 +351,7 @@ def build_model(
     return model
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build_assistant(name: str) -> PreTrainedModel:
     """Return a model that proposes what `build_model(name)` would say, often but not always right."""
     model = copy.deepcopy(build_model(name))

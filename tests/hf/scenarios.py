@@ -100,7 +100,7 @@ def prefix_reused(run: Run) -> dict[str, torch.Tensor]:
     cache = run.make_cache()
     prefix = _prompt(1, 19)["input_ids"]
     _forward(run, prefix, cache)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, used, seed in (("a", run.copy_of(cache), 1), ("b", run.copy_of(cache), 2), ("original", cache, 3)):
         suffix = random_tokens(1, 3, seed)
         if run.architecture.is_encoder_decoder:
@@ -114,16 +114,20 @@ def prefix_reused(run: Run) -> dict[str, torch.Tensor]:
 
 
 def emptied_and_used_again(run: Run) -> dict[str, torch.Tensor]:
-    """A second prompt, shorter than the first, after a reset: nothing of the first may shine through."""
+    """Shorter, wider and narrower batches after a reset: nothing of what was there before may shine through."""
     cache = run.make_cache()
-    first = _generate(run, _prompt(2, 17), cache)
-    cache = run.emptied(cache)
-    second = _generate(run, _prompt(2, 6, seed=9), cache, max_new_tokens=12)
-    return {"first": first["tokens"], "second": second["tokens"], "logits": second["logits"]} | cached_states(cache)
+    tensors: dict[str, torch.Tensor] = {}
+    # Stock layers of recurrent state keep their batch size through a reset.
+    wider, narrower = (2, 2) if run.architecture.has_state else (3, 1)
+    for name, batch_size, length in (("first", 2, 17), ("shorter", 2, 6), ("wider", wider, 9), ("last", narrower, 9)):
+        output = _generate(run, _prompt(batch_size, length, seed=length), cache, max_new_tokens=12)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in (output | cached_states(cache)).items()}
+        cache = run.emptied(cache)
+    return tensors
 
 
 def _forward(run: Run, tokens: torch.Tensor, cache: Any, rows: list[int] | None = None) -> torch.Tensor:
-    """Return the logits of one call. For encoder-decoders, `rows` says which rows of the encoder's batch are left."""
+    """Return the logits of one call. For encoder-decoders, `rows` says which rows of the encoder's batch are used."""
     inputs: dict[str, torch.Tensor] = {"input_ids": tokens}
     if run.architecture.is_encoder_decoder:
         source = random_tokens(8, 13, seed=11)
@@ -166,7 +170,8 @@ def cropped(run: Run) -> dict[str, torch.Tensor]:
         tensors[f"step {step}"] = _forward(run, random_tokens(2, n_ahead, seed=step), cache)
         cache.crop(-n_removed)
     tensors["after"] = _forward(run, random_tokens(2, 2, seed=99), cache)
-    tensors["length"] = torch.tensor(cache.get_seq_length())
+    if run.architecture.has_kv:
+        tensors["length"] = torch.tensor(cache.get_seq_length())
     return tensors
 
 
@@ -200,4 +205,3 @@ SCENARIOS: dict[str, Scenario] = {
         cropped_without_preparation,
     )
 }
-
