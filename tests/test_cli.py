@@ -5,18 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, MambaConfig, PreTrainedConfig
 from typer.testing import CliRunner, Result
 
 import vmem_kv
 from vmem_kv.cli import doctor as doctor_module
 from vmem_kv.cli import memory_trace
 from vmem_kv.cli.app import app
-from vmem_kv.cli.comparison import n_common_tokens
+from vmem_kv.cli.comparison import Job, n_common_tokens
 from vmem_kv.cli.memory_trace import Memory, Trace
 from vmem_kv.errors import ConfigError, VmemError
 
@@ -117,10 +122,11 @@ def test_plot_draws_all_three(tiny_model_folder: Path, tmp_path: Path) -> None:
     [
         (["-p", "x", "--page-bytes", "5000"], "multiple of 4096"),
         (["-p", "x", "--page-bytes", "many"], "is not a size in bytes"),
-        (["-p", "x", "--layout", "diagonal"], "unknown layout 'diagonal'"),
-        (["-p", "x", "--max-memory", "4k"], "max_bytes"),
+        (["-p", "x", "--layout", "diagonal"], "'diagonal'; choose auto, per_head"),
+        (["-p", "x", "--max-memory", "4k"], "--max-memory"),
         (["-p", "x", "--plot", "picture.docx"], "must end with .png"),
         (["-p", "x", "--plot", "no/such/folder/picture.png"], "there is no folder"),
+        (["-p", "x", "--plot", "/proc/picture.png"], "cannot be written"),
         (["-p", " "], "the prompt is empty"),
         (["-p", "sky " * 200], "the model's context is 128"),
     ],
@@ -134,6 +140,96 @@ def test_an_error_is_one_line_that_names_the_remedy(
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_plot_that_is_a_folder_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    result = run("generate", "./nowhere", "-p", "x", "--plot", tmp_path / "folder.png")
+    assert result.exit_code == 1
+    assert "it cannot be written: Is a directory" in result.stderr
+
+
+def test_checking_where_the_plot_goes_leaves_nothing(tmp_path: Path) -> None:
+    result = run("generate", "./nowhere", "-p", "x", "--plot", tmp_path / "picture.png")
+    assert "there is no folder nowhere" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layout_that_cannot_be_is_refused_before_the_model_is_loaded() -> None:
+    result = run("generate", "./nowhere", "-p", "x", "--layout", "nonsense")
+    assert result.exit_code == 1
+    assert "'nonsense'" in result.stderr
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_as_well(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise LookupError("nobody\nforesaw this")
+
+    monkeypatch.setattr(Job, "run_vmem", fail)
+    arguments = ("generate", tiny_model_folder, "-p", PROMPT)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr == "error: LookupError: nobody foresaw this (--debug shows where)\n"
+    with pytest.raises(LookupError):
+        run(*arguments, "--debug", catch_exceptions=False)
+
+
+def test_no_standard_input_at_all_is_no_prompt(tiny_model_folder: Path) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -c 'from vmem_kv.cli import main; main()' generate <&-"
+    done = subprocess.run(["sh", "-c", f"{command} {tiny_model_folder}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no prompt")
+    assert done.stderr.count("\n") == 1
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+OTHER_MODELS: dict[str, PreTrainedConfig] = {
+    "mamba": MambaConfig(**SIZES, state_size=4),
+    "gemma2": Gemma2Config(**SIZES, **HEADS, max_position_embeddings=128),
+    "gpt_oss": GptOssConfig(
+        **SIZES, **HEADS, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=128, rope_parameters=None
+    ),
+}
+
+
+def folder_of(name: str, tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A random model of this kind, with the tiny model's tokenizer."""
+    AutoModelForCausalLM.from_config(OTHER_MODELS[name]).save_pretrained(tmp_path)
+    for path in tiny_model_folder.glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_a_model_without_keys_and_values_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    result = run("generate", folder_of("mamba", tiny_model_folder, tmp_path), "-p", PROMPT, "-n", "4")
+    assert result.exit_code == 1
+    assert "a model of type mamba keeps no K and V" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("name", "what"), [("gemma2", "soft capping"), ("gpt_oss", "attention sinks")])
+def test_a_model_that_needs_more_than_our_attention_gets_eager(
+    tiny_model_folder: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    folder = folder_of(name, tiny_model_folder, tmp_path)
+    result = run("generate", folder, "-p", PROMPT, "-n", "4", "--compare", "--json")
+    assert result.exit_code == 0, result.output
+    assert f"has no {what}, which this model needs; using --attention eager" in result.stderr
+    data = json.loads(result.stdout)
+    assert data["attention"] == "eager"
+    assert data["caches"][1]["same_tokens"]
+    asked = run("generate", folder, "-p", PROMPT, "-n", "4", "--attention", "vmem_kv")
+    assert asked.exit_code == 1
+    assert "use --attention eager" in asked.stderr
+
+
+def test_the_table_says_what_is_not_counted_of_dynamic_cache(tiny_model_folder: Path) -> None:
+    arguments = ("generate", tiny_model_folder, "-p", PROMPT, "-n", "4")
+    assert "Not counted" in run(*arguments, "--compare").stdout
+    assert "Not counted" not in run(*arguments).stdout
 
 
 def test_debug_shows_the_error_itself() -> None:

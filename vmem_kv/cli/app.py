@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import re
 from collections.abc import Callable
 from typing import Annotated, ParamSpec
 
@@ -21,10 +23,16 @@ EXTRA_OF_PACKAGE = {
     "accelerate": "hf",
     "gguf": "hf",
     "matplotlib": "cli",
-    "psutil": "cli",
     "safetensors": "hf",
     "transformers": "hf",
 }
+
+OPTION_OF_SETTING = (
+    (r"\bmax_bytes\b", "--max-memory"),
+    (r"\bpage_bytes\b", "--page-bytes"),
+    (r"\battn_implementation='(\w+)'", r"--attention \1"),
+)
+"""How settings are called in Python, as patterns, and by those who type a command."""
 
 app = typer.Typer(
     name="vmem-kv",
@@ -42,14 +50,20 @@ app = typer.Typer(
 
 
 def explain_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end with one line instead of a traceback, unless its option `debug` is set."""
+    """Make a command end with one line instead of a traceback, unless its option `debug` is set.
+
+    Our own errors name the remedy. Of any other the line gives the type, and how to see where it comes from.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except (VmemError, ModuleNotFoundError, KeyboardInterrupt) as error:
-            if kwargs.get("debug"):
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            is_broken_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE  # typer knows how to end then
+            if kwargs.get("debug") or is_broken_pipe:
                 raise
             Console(stderr=True).print(
                 f"[bold red]error:[/] {escape(_one_line(error))}", highlight=False, soft_wrap=True
@@ -65,7 +79,12 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRA_OF_PACKAGE.get(error.name or "", "cli,hf")
         return f"{error}; run pip install 'vmem_kv[{extra}]'"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    if isinstance(error, VmemError):
+        for setting, option in OPTION_OF_SETTING:
+            text = re.sub(setting, option, text)
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (--debug shows where)"
 
 
 def _print_version(wanted: bool) -> None:

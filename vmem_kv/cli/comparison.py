@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from vmem_kv import VmemCache
 from vmem_kv.cli.memory_trace import (
     CacheKind,
     StockKind,
@@ -19,6 +20,8 @@ from vmem_kv.cli.memory_trace import (
     static_kind,
     trace_generation,
 )
+from vmem_kv.errors import ConfigError
+from vmem_kv.integrations.hf import VmemLayerMixin
 from vmem_kv.machine import describe_machine
 from vmem_kv.units import format_bytes
 
@@ -41,8 +44,21 @@ class Job:
         """Tokens of the prompt."""
         return int(self.inputs["input_ids"].shape[1])
 
+    def check_model(self) -> None:
+        """Raises ConfigError for a model that has nothing for a KV cache to hold."""
+        with VmemCache(self.model.config) as cache:
+            if not any(isinstance(layer, VmemLayerMixin) for layer in cache.layers):
+                raise ConfigError(
+                    f"a model of type {self.model.config.model_type} keeps no K and V that vmem_kv could hold; "
+                    "name a model with attention layers"
+                )
+
     def warm_up(self) -> None:
-        """Run the model once, so that what torch does at its first call falls on no cache."""
+        """Run the model once, so that what torch does at its first call falls on no cache.
+
+        Raises:
+            ConfigError: The model needs what its attention function lacks.
+        """
         with torch.inference_mode():
             first = self.inputs["input_ids"][:, :1]
             cache = DynamicCache(config=self.model.config)

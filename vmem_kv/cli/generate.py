@@ -11,12 +11,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from vmem_kv.config import CacheConfig
 from vmem_kv.errors import ConfigError
 from vmem_kv.units import parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from vmem_kv.cli.comparison import Job
     from vmem_kv.cli.memory_trace import Trace
 
 
@@ -63,8 +65,12 @@ def generate(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format of weights and cache.")] = Dtype.FLOAT32,
     attention: Annotated[
-        Attention, typer.Option(help="Attention function, the same for all caches.")
-    ] = Attention.VMEM_KV,
+        Attention | None,
+        typer.Option(
+            help="Attention function, the same for all caches.",
+            show_default="vmem_kv, or eager for a model that needs what vmem_kv lacks",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that torch computes with.", show_default="torch's choice")
     ] = None,
@@ -106,8 +112,9 @@ def generate(
         cache_options["page_bytes"] = parse_bytes(page_bytes)
     if max_memory:
         cache_options["max_bytes"] = parse_bytes(max_memory)
+    CacheConfig(**cache_options)  # refuses before a model is loaded what no model can make right
 
-    model, tokenizer = _load(err, model_name, dtype.value, attention.value, threads)
+    model, tokenizer = _load(err, model_name, dtype.value, (attention or Attention.VMEM_KV).value, threads)
     from vmem_kv.cli import comparison, report  # they need torch, which took its time in _load
 
     inputs = _encode(tokenizer, text, raw)
@@ -121,7 +128,8 @@ def generate(
         generate_options=_generate_options(n_max, temperature),
     )
     follower = None if as_json else report.console_streamer(out, tokenizer)
-    job.warm_up()
+    job.check_model()
+    used_attention = _warm_up(err, job, attention)
     traces = [job.run_vmem(follower)]
     skipped: list[str] = []
     if compare or plot:
@@ -129,7 +137,7 @@ def generate(
     facts = {
         "model": model_name or "SmolLM2-135M-Instruct",
         "dtype": dtype.value,
-        "attention": attention.value,
+        "attention": used_attention.value,
         "n_prompt_tokens": n_prompt,
     }
     if as_json:
@@ -146,7 +154,7 @@ def generate(
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise ConfigError("give --prompt or --file, not both")
-    if prompt is None and file is None and sys.stdin.isatty():
+    if prompt is None and file is None and (sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()):
         raise ConfigError("there is no prompt: give --prompt TEXT or --file FILE, or pipe it in")
     try:
         text = prompt if prompt is not None else file.read_text("utf-8") if file else sys.stdin.read()
@@ -162,6 +170,14 @@ def _check_plot(path: Path) -> None:
         raise ConfigError(f"--plot is {path}; its name must end with .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot is {path}; there is no folder {path.absolute().parent}")
+    # Only the attempt tells: what access(2) says of a folder such as /proc is not what open(2) does.
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--plot is {path}; it cannot be written: {error.strerror}") from error
 
 
 def _load(
@@ -188,6 +204,24 @@ def _load(
 
         progress.update(task, description="Loading the model")
         return models.load(name, dtype=dtype, attention=attention, report=report)
+
+
+def _warm_up(err: Console, job: Job, attention: Attention | None) -> Attention:
+    """Run the model once; return the attention function that it runs with.
+
+    Where none was asked for and ours lacks what the model needs, that is transformers' `eager`, which has it all.
+    """
+    try:
+        job.warm_up()
+    except ConfigError as error:
+        if attention is not None:
+            raise
+        reason = str(error).partition(";")[0]
+        err.print(f"note: {reason}; using --attention eager", highlight=False, markup=False, soft_wrap=True)
+        job.model.set_attn_implementation(Attention.EAGER.value)
+        job.warm_up()
+        return Attention.EAGER
+    return attention or Attention.VMEM_KV
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> dict[str, Any]:
@@ -219,7 +253,7 @@ def _generate_options(max_new_tokens: int, temperature: float) -> dict[str, Any]
     return {"max_new_tokens": max_new_tokens, "do_sample": False, **sampling}
 
 
-def _run_others(err: Console, job: Any, ours: Trace, skipped: list[str]) -> list[Trace]:
+def _run_others(err: Console, job: Job, ours: Trace, skipped: list[str]) -> list[Trace]:
     """Run the stock caches behind a bar; say in `skipped` why one was left out."""
     from vmem_kv.cli.report import ProgressStreamer
 

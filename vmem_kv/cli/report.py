@@ -61,6 +61,9 @@ def print_report(console: Console, traces: Sequence[Trace], skipped: Sequence[st
         f"{facts['n_prompt_tokens']:,} prompt tokens, {len(ours.token_ids):,} new"
     )
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    if any(trace.cache_name == "DynamicCache" for trace in traces):
+        table.caption = "Not counted: the layer's K or V that DynamicCache holds twice while it appends a token."
+        table.caption_justify = "left"
     table.add_column("KV cache", no_wrap=True)
     for heading in ("tokens/s", "first\ntoken", "virtual\nreserved", "physical\npeak", "live\nbytes"):
         table.add_column(heading, justify="right", no_wrap=True)
