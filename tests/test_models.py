@@ -137,6 +137,19 @@ def test_a_folder_is_itself_and_a_hub_name_is_left_to_transformers(tmp_path: Pat
     assert models.resolve("owner/name") == "owner/name"
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fail(self: object, name: str, **options: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(models.HfApi, "model_info", fail)
+    with pytest.raises(ConfigError, match=r"cannot load owner/name .*name a local folder"):
+        models.load("owner/name")
+    assert asked == ["owner/name"]
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere.gguf"])
 def test_a_path_that_is_not_there_is_a_config_error(name: str) -> None:
     with pytest.raises(ConfigError, match="there is no"):

