@@ -1,4 +1,4 @@
-"""Frozen, validated configuration of a cache. The environment is read in one place, and only when asked.
+"""Frozen, validated configuration of a cache.
 
 Guarantees: an object of these classes is valid. Nothing here touches the machine: what a machine can hold is
 checked where the memory is promised (`pages.py`).
@@ -6,17 +6,13 @@ checked where the memory is promised (`pages.py`).
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import re
+from dataclasses import dataclass
 
 from vmem_kv.errors import ConfigError
-from vmem_kv.units import parse_bytes
 
-_BYTE_FIELDS = ("page_bytes", "max_bytes")
-_TOKEN_FIELDS = ("max_tokens", "expected_tokens")
-_PREFIX = "VMEM_KV_"
+_COUNTS = ("max_tokens", "page_bytes", "max_bytes", "expected_tokens")
+_LAYOUT = re.compile(r"auto|per_head|per_layer|token_major|group:[1-9][0-9]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +41,11 @@ class CacheConfig:
     huge_pages: bool = False
 
     def __post_init__(self) -> None:
-        for name in (*_BYTE_FIELDS, *_TOKEN_FIELDS):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be a positive number")
+        if not isinstance(self.layout, str) or not _LAYOUT.fullmatch(self.layout):
+            raise ConfigError(f"layout is {self.layout!r}; choose auto, per_head, per_layer, group:N or token_major")
         if self.host_path not in ("auto", "native", "python"):
             raise ConfigError(f"host_path is {self.host_path!r}; choose auto, native or python")
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> CacheConfig:
-        """Read `VMEM_KV_MAX_TOKENS`, `VMEM_KV_PAGE_BYTES`, ... (one per attribute); `overrides` win over them.
-
-        Raises:
-            ConfigError: A variable has no attribute or its value does not fit.
-        """
-        environ = os.environ if environ is None else environ
-        names = {field.name for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for variable in (v for v in environ if v.startswith(_PREFIX)):
-            name, text = variable.removeprefix(_PREFIX).lower(), environ[variable]
-            if name not in names:
-                raise ConfigError(f"{variable} is not a setting; there are {', '.join(sorted(names))}")
-            if name in _BYTE_FIELDS:
-                values[name] = parse_bytes(text)
-            elif name in _TOKEN_FIELDS:
-                if not text.isdigit():
-                    raise ConfigError(f"{variable} is {text!r}; it must be a number of tokens")
-                values[name] = int(text)
-            elif name == "huge_pages":
-                if text.lower() not in ("0", "1", "false", "true"):
-                    raise ConfigError(f"{variable} is {text!r}; write 1 or 0")
-                values[name] = text.lower() in ("1", "true")
-            else:
-                values[name] = text
-        return cls(**{**values, **overrides})

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -54,7 +53,8 @@ class RowStore:
         self._pool: PagePool | None = None
         self._caches: set[KVCache] = set()
         self._orphans: deque[KVCache] = deque()
-        """Caches whose last tensor died at a moment when they could not be closed (see `_abandon`)."""
+        """Caches whose last tensor died at a moment when they could not be closed (see `abandon`)."""
+        self._n_entered = 0
         self._last_stats = CacheStats.empty()
 
     def open_rows(self, spec: LayerSpec, dtype: torch.dtype, n_rows: int) -> LayerRows:
@@ -63,22 +63,25 @@ class RowStore:
         Raises:
             ConfigError: The configuration does not fit this machine.
             OutOfAddressSpace: The reservation is too large.
+            DriverError: Memory of layers that nobody uses any more could not be given back.
         """
-        self._close_orphans()
-        pool, choice = self._open_pool(spec, n_rows)
-        layout = Layout.build(
-            choice.kind, [spec], n_slots=n_rows, max_tokens=self.max_tokens, page_bytes=pool.page_bytes
-        )
-        cache = KVCache(pool, layout)
-        self._caches.add(cache)
-        return LayerRows(self, cache, dtype, n_rows)
+        with self._entered():
+            pool, kind = self._open_pool(spec, n_rows)
+            layout = Layout.build(kind, [spec], n_slots=n_rows, max_tokens=self.max_tokens, page_bytes=pool.page_bytes)
+            cache = KVCache(pool, layout)
+            self._caches.add(cache)
+            return LayerRows(self, cache, dtype, n_rows)
 
     def stats(self) -> CacheStats:
-        """Return the sum over all rows; once everything is closed, what it was just before the driver closed."""
-        self._close_orphans()
-        pool = self._pool
-        if pool is None:
-            return self._last_stats
+        """Return the sum over all rows; once everything is closed, the peak and the calls that there were.
+
+        Raises:
+            DriverError: Memory of layers that nobody uses any more could not be given back.
+        """
+        with self._entered():
+            return self._last_stats if self._pool is None else self._sum_stats(self._pool)
+
+    def _sum_stats(self, pool: PagePool) -> CacheStats:
         parts = [cache.stats() for cache in self._caches]
         n_live, n_warm, n_pending = (
             sum(getattr(part, name) for part in parts) for name in ("n_live_pages", "n_warm_pages", "n_pending_pages")
@@ -104,8 +107,9 @@ class RowStore:
 
     def check(self) -> None:
         """Verify the books of all rows. Raises InvariantError."""
-        for cache in self._caches:
-            cache.check()
+        with self._entered():
+            for cache in self._caches:
+                cache.check()
 
     def trim(self) -> int:
         """Unmap all warm slots and release all free pages; return how many pages came free.
@@ -113,13 +117,19 @@ class RowStore:
         Raises:
             DriverError: See `KVCache.reclaim`.
         """
-        pool = self._pool
-        if pool is None:
-            return 0
-        n_owned = pool.n_owned
-        pool.make_room(pool.max_pages)
-        pool.trim()
-        return n_owned - pool.n_owned
+        with self._entered():
+            pool = self._pool
+            if pool is None:
+                return 0
+            n_owned = pool.n_owned
+            pool.make_room(pool.max_pages)
+            pool.trim()
+            return n_owned - pool.n_owned
+
+    def require_owner(self) -> None:
+        """Raise UsageError in a forked child."""
+        if self._pool is not None:
+            self._pool.require_owner()
 
     def close_cache(self, cache: KVCache) -> None:
         """Retire what is left in a cache and close it; with the last one, give everything back to the system.
@@ -129,75 +139,80 @@ class RowStore:
         """
         pool = cache.pool
         pool.require_owner()
-        cache.retire(cache.active_slots())
-        self._last_stats = self.stats()
-        cache.close()
-        self._caches.discard(cache)
-        if not self._caches and pool is self._pool:
-            pool.trim()
-            pool.driver.close()
-            self._pool = None
-            # What is left to tell is history: the peak and the calls.
-            self._last_stats = replace(
-                self._last_stats,
-                n_free_pages=0,
-                n_live_pages=0,
-                n_warm_pages=0,
-                n_pending_pages=0,
-                n_mappings=0,
-                virtual_bytes=0,
-                live_bytes=0,
-                driver_calls=dict(pool.driver.calls),
-            )
+        with self._entered():
+            cache.retire(cache.active_slots())
+            cache.close()
+            self._caches.discard(cache)
+            if not self._caches and pool is self._pool:
+                pool.trim()
+                self._last_stats = self._sum_stats(pool)  # nothing is left of it but the peak and the calls
+                pool.driver.close()
+                self._pool = None
 
     def abandon(self, cache: KVCache) -> None:
         """Close a cache whose last tensor has died, from a finalizer.
 
-        A finalizer can run anywhere, also in a thread that holds the pool's lock just now: then the cache waits for
-        the next call on this store. Nobody is there to hear of an error: its pages stay counted in the pool.
+        A finalizer can run anywhere, also in the middle of a call on this store or in a thread that holds the pool's
+        lock just now: then the cache waits for the end of that call, or for the next one. Nobody is there to hear of
+        an error: its pages stay counted in the pool.
         """
-        if not cache.pool.lock.acquire(blocking=False):
-            self._orphans.append(cache)
-            return
-        cache.pool.lock.release()
-        with suppress(VmemError):
-            self.close_cache(cache)
+        self._orphans.append(cache)
+        if not self._n_entered and cache.pool.lock.acquire(blocking=False):
+            cache.pool.lock.release()
+            with suppress(VmemError):
+                self._close_orphans()
 
     def __deepcopy__(self, memo: dict[int, object]) -> RowStore:
         return self  # a copied cache draws on the same pool
 
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Keep finalizers from closing caches in the middle of a call; close what they left, before and after."""
+        self._close_orphans()
+        self._n_entered += 1
+        try:
+            yield
+        finally:
+            self._n_entered -= 1
+        self._close_orphans()
+
     def _close_orphans(self) -> None:
-        while self._orphans:
+        while self._orphans and not self._n_entered:
             self.close_cache(self._orphans.popleft())
 
-    def _open_pool(self, spec: LayerSpec, n_rows: int) -> tuple[PagePool, Choice]:
-        if self._pool is not None and self.choice is not None:
-            return self._pool, self.choice
+    def _open_pool(self, spec: LayerSpec, n_rows: int) -> tuple[PagePool, str]:
+        """Return the pool, opened if it is not, and the layout kind for a layer of so many rows."""
+        if self._pool is not None:
+            # The pool fixes the page size; how many planes the mappings allow depends on the rows.
+            self.choice = self._choose(self._pool.driver, spec, n_rows, self._pool.page_bytes)
+            return self._pool, self.choice.kind
         config = self.config
         driver: Driver = HostDriver(config.host_path, huge_pages=config.huge_pages)
         try:
-            choice = choose_layout(
-                driver.info,
-                [spec] * self._n_layers,
-                n_slots=n_rows,
-                expected_tokens=min(config.expected_tokens or DEFAULT_EXPECTED_TOKENS, self.max_tokens),
-                kind=config.layout,
-                page_bytes=config.page_bytes,
-            )
-            max_pages = None
+            self.choice = self._choose(driver, spec, n_rows, config.page_bytes)
+            page_bytes, max_pages = self.choice.page_bytes, None
             if config.max_bytes is not None:
-                max_pages = config.max_bytes // choice.page_bytes
+                max_pages = config.max_bytes // page_bytes
                 if max_pages == 0:
                     raise ConfigError(
-                        f"max_bytes is {config.max_bytes}, less than one page of {format_bytes(choice.page_bytes)}; "
+                        f"max_bytes is {config.max_bytes}, less than one page of {format_bytes(page_bytes)}; "
                         "raise it or set a smaller page_bytes"
                     )
-            self._pool = PagePool(driver, choice.page_bytes, max_pages)
+            self._pool = PagePool(driver, page_bytes, max_pages)
         except VmemError:
             driver.close()
             raise
-        self.choice = choice
-        return self._pool, choice
+        return self._pool, self.choice.kind
+
+    def _choose(self, driver: Driver, spec: LayerSpec, n_rows: int, page_bytes: int | None) -> Choice:
+        return choose_layout(
+            driver.info,
+            [spec] * self._n_layers,
+            n_slots=n_rows,
+            expected_tokens=min(self.config.expected_tokens or DEFAULT_EXPECTED_TOKENS, self.max_tokens),
+            kind=self.config.layout,
+            page_bytes=page_bytes,
+        )
 
 
 class LayerRows:
@@ -300,37 +315,56 @@ class LayerRows:
                 self.cache.slide(slot_id, first_token)
             self.first_token = first_token
 
-    def select(self, indices: torch.Tensor) -> LayerRows:
-        """Make row i a copy of what row `indices[i]` holds, for every i; rows that stay are not touched.
+    def select(self, indices: torch.Tensor) -> None:
+        """Make row i hold what row `indices[i]` holds now, for every i; rows that stay are not touched.
 
-        Returns:
-            These rows, or new ones where more are needed than there are: drop these then.
+        Args:
+            indices: `[n]`, at most as many as there are rows; `copy` takes more.
 
         Raises:
-            CapacityError: No room for more rows. Nothing changed.
-            UsageError: An index is out of range. Nothing changed.
+            UsageError: An index is out of range, or there are more than rows. Nothing changed.
         """
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
-            raise UsageError(f"rows {indices.tolist()} of a batch of {self.n_rows}")
+        self._require_rows(indices)
         n_rows = indices.numel()
         if n_rows > self.n_rows:
-            return self._copy(indices)
-        changed = (indices != torch.arange(n_rows, device=indices.device)).nonzero().flatten()
+            raise UsageError(f"{n_rows} rows of a batch of {self.n_rows}; copy them to rows of their own")
+        changed = (indices != torch.arange(n_rows)).nonzero().flatten()
         if changed.numel():
             for states in self.views():
                 states[changed] = states.index_select(0, indices[changed])
         if n_rows < self.n_rows:
             self.cache.retire(self._slots[n_rows:])
             self._take_slots(self._slots[:n_rows])
-        return self
 
-    def copy(self) -> LayerRows:
-        """Return rows of their own with the same content.
+    def copy(self, indices: torch.Tensor | None = None) -> LayerRows:
+        """Return rows of their own; row i holds what row `indices[i]` of these holds, by default row i.
 
         Raises:
             CapacityError: No room for them. Nothing changed.
+            UsageError: An index is out of range. Nothing changed.
         """
-        return self._copy(torch.arange(self.n_rows))
+        self._require_open()
+        indices = torch.arange(self.n_rows) if indices is None else indices
+        self._require_rows(indices)
+        new = self.store.open_rows(self.spec, self.dtype, max(1, indices.numel()))
+        if not self._slots:
+            new.stop()
+            return new
+        try:
+            new.cache.ensure(dict.fromkeys(new._slots, self.n_tokens))
+            new.n_tokens = self.n_tokens
+            new.slide(self.first_token)
+        except VmemError:
+            new.close()
+            raise
+        for target, source in zip(new.views(), self.views(), strict=True):
+            for i, index in enumerate(indices.tolist()):
+                target[i].copy_(source[index])
+        return new
+
+    def _require_rows(self, indices: torch.Tensor) -> None:
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
+            raise UsageError(f"rows {indices.tolist()} of a batch of {self.n_rows}")
 
     def close(self) -> None:
         """Give the memory back; see `close_rows`."""
@@ -363,22 +397,6 @@ class LayerRows:
             layout = self.cache.layout
             self._keys = self._tensors.view(layout.keys[0], slots, self.dtype)
             self._values = self._tensors.view(layout.values[0], slots, self.dtype)
-
-    def _copy(self, indices: torch.Tensor) -> LayerRows:
-        """Return new rows; row i holds what row `indices[i]` of these holds."""
-        self._require_open()
-        new = self.store.open_rows(self.spec, self.dtype, indices.numel())
-        try:
-            new.cache.ensure(dict.fromkeys(new._slots, self.n_tokens))
-        except VmemError:
-            new.close()
-            raise
-        new.n_tokens = self.n_tokens
-        new.slide(self.first_token)
-        for target, source in zip(new.views(), self.views(), strict=True):
-            for i, index in enumerate(indices.tolist()):
-                target[i].copy_(source[index])
-        return new
 
     def _expected_shapes(self, n_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         key, value = self.spec
@@ -419,13 +437,18 @@ def close_rows(rows: Sequence[LayerRows]) -> None:
     Idempotent.
 
     Raises:
-        UsageError: Views made by `views` are still alive. Nothing changed: drop them and close again.
+        UsageError: Views made by `views` are still alive: drop them and close again; or this is a forked child.
+            Nothing changed.
         DriverError: Memory could not be given back; call again to try again.
     """
+    for layer in rows:
+        layer.cache.pool.require_owner()
+    was_open = [layer._tensors is not None for layer in rows]
     for i, layer in enumerate(rows):
         if not layer._let_go():
-            for earlier in rows[:i]:
-                earlier._look()
+            for earlier in range(i):
+                if was_open[earlier]:
+                    rows[earlier]._look()
             raise UsageError(
                 "tensors that look into the cache are still alive (cache.layers[i].keys, or attention inputs that "
                 "were kept); clone what you need, drop them, and close again"

@@ -5,8 +5,9 @@ Guarantees
     memory. Users get views cut to a length, at an address that does not change as the sequence grows.
   * The region stays reserved as long as any such view is alive: `on_unused` runs when the last one has died.
 
-A cut view may be read, written, printed, cloned. It must not be pickled or saved (torch would write the storage,
-holes included): clone it first.
+A cut view may be read, written, printed, cloned, as long as its tokens are mapped: until the sequence ends, slides or
+is truncated, and its memory is reclaimed. Reading it later is a fault, or shows another sequence. It must not be
+pickled or saved (torch would write the storage, holes included): clone it first.
 """
 
 from __future__ import annotations
@@ -66,16 +67,19 @@ class RegionTensors:
     def view(self, strides: Strides, slot_ids: Sequence[SlotId], dtype: torch.dtype) -> GrowingView:
         """Return the K or V of one layer for neighbouring slots."""
         spec, item = strides.spec, strides.spec.element_bytes
-        full = self._bytes.view(dtype).as_strided(
-            (len(slot_ids), spec.n_heads, strides.slot_bytes // strides.token_bytes, spec.head_dim),
-            (strides.slot_bytes // item, strides.head_bytes // item, strides.token_bytes // item, 1),
-            (strides.offset_bytes + slot_ids[0] * strides.slot_bytes) // item,
-        )
+        with torch.inference_mode(False):
+            full = self._bytes.view(dtype).as_strided(
+                (len(slot_ids), spec.n_heads, strides.slot_bytes // strides.token_bytes, spec.head_dim),
+                (strides.slot_bytes // item, strides.head_bytes // item, strides.token_bytes // item, 1),
+                (strides.offset_bytes + slot_ids[0] * strides.slot_bytes) // item,
+            )
         return GrowingView(full)
 
     def _look(self, buffer: ctypes.Array[ctypes.c_char]) -> None:
         self._buffer = buffer
-        self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
+        # A tensor born in inference mode could not be written outside of it, and the cache lives through both.
+        with torch.inference_mode(False):
+            self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
         self._unused = weakref.finalize(buffer, self._when_unused)
         self._unused.atexit = False  # the process's end frees everything, and daemon threads may still read
 

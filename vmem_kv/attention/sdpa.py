@@ -1,8 +1,10 @@
 """`attn_implementation="vmem_kv"`: torch's attention, with grouped-query heads packed when one token is decoded.
 
 With fewer K/V heads than query heads, the query heads that share a K/V head become rows of one small query block:
-`[B, Hq, 1, D] -> [B, Hkv, Hq / Hkv, D]`. K and V are then read once per K/V head instead of once per query head,
-which on a CPU is worth up to twenty times per call in bf16. Everything else is handed to the stock function.
+`[B, Hq, 1, D] -> [B, Hkv, Hq / Hkv, D]`. K and V are then read once per K/V head instead of once per query head.
+Recent stock code does the same where there is a mask; without one (a batch that is not padded) it leaves grouping to
+torch, whose CPU kernel is several times slower that way in bf16 (`python -m benchmarks.generate` measures it).
+Everything else is handed to the stock function.
 
 Guarantees: same mathematics as the stock `sdpa`; nothing is expanded or copied. What torch's kernel lacks
 (soft capping, sinks) is refused, never ignored.
@@ -21,7 +23,9 @@ from transformers.masking_utils import sdpa_mask
 from vmem_kv.errors import ConfigError
 
 NAME = "vmem_kv"
-_UNSUPPORTED = {"softcap": "soft capping", "s_aux": "attention sinks"}
+_UNSUPPORTED = {"softcap": "soft capping", "s_aux": "attention sinks", "indices": "sparse attention by index"}
+_STOCK_ONLY = ("position_bias", "cache")
+"""Arguments that only the stock function understands: additive biases, and continuous batching's paged cache."""
 
 
 def packed_sdpa_attention(
@@ -57,7 +61,7 @@ def packed_sdpa_attention(
                 f"attn_implementation='{NAME}' has no {what}, which this model needs; use attn_implementation='eager'"
             )
     n_groups = query.shape[1] // key.shape[1]
-    if query.shape[2] != 1 or n_groups == 1 or dropout or kwargs.get("position_bias") is not None:
+    if query.shape[2] != 1 or n_groups == 1 or dropout or any(kwargs.get(name) is not None for name in _STOCK_ONLY):
         stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -65,11 +69,11 @@ def packed_sdpa_attention(
     batch, n_heads, _, head_dim = query.shape
     packed = query.reshape(batch, key.shape[1], n_groups, head_dim)
     if attention_mask is not None and attention_mask.shape[1] != 1:
-        attention_mask = attention_mask.reshape(batch, key.shape[1], n_groups, attention_mask.shape[-1])
+        attention_mask = attention_mask.reshape(-1, key.shape[1], n_groups, attention_mask.shape[-1])
     output = torch.nn.functional.scaled_dot_product_attention(
         packed, key, value, attn_mask=attention_mask, scale=scaling
     )
-    return output.reshape(batch, 1, n_heads, output.shape[-1]), None
+    return output.reshape(output.shape[0], 1, n_heads, output.shape[-1]), None
 
 
 def register() -> None:

@@ -4,12 +4,16 @@
     model.generate(**inputs, past_key_values=cache)
     cache.close()
 
-The only file, with `attention/sdpa.py`, that knows transformers. It subclasses the public cache classes and builds
-layers from the public mapping of layer types; a layer type that it does not know keeps the stock layer.
+All that touches transformers' caches. It subclasses the public cache classes and builds layers from the public mapping
+of layer types; a layer type that it does not know keeps the stock layer.
 
-Guarantees: tokens are those of `DynamicCache`. What attention receives are views of exactly the used length, at an
-address that never changes. After a CapacityError or UsageError the cache is as before the forward pass (in models
-that mix attention with recurrent state, the recurrent layers keep what the failed pass wrote: reset those).
+Guarantees: tokens are those of `DynamicCache`. What attention receives are views of exactly the used length: as long
+as a batch lives, token i stays at its address. After a CapacityError or UsageError all layers are as before the
+forward pass, so that the call can be repeated with less. Two things are beyond our reach then: recurrent state in
+hybrid layers, and the flags of an `EncoderDecoderCache`, which say that the encoder's side is computed. Call `reset()`
+on those before going on.
+
+A view (`cache.layers[i].keys`) is good until the next forward pass, crop, reset or trim: clone what is to last.
 
 Where stock layers slice their tensors (crop), we let them slice the views and read the new length off the result:
 their rules, of whatever version, are then ours.
@@ -18,11 +22,13 @@ their rules, of whatever version, are then ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
@@ -39,12 +45,40 @@ from transformers.cache_utils import (
 
 from vmem_kv.attention.sdpa import register
 from vmem_kv.config import CacheConfig
-from vmem_kv.errors import UsageError, VmemError
+from vmem_kv.errors import ConfigError, UsageError, VmemError
 from vmem_kv.layout import LayerSpec, TensorSpec
 from vmem_kv.rows import DEFAULT_MAX_TOKENS, LayerRows, RowStore, close_rows
 from vmem_kv.stats import CacheStats
 
 register()
+
+
+class ForwardPass:
+    """What the layers of one cache wrote in the forward pass that is under way, to be undone if a later one cannot.
+
+    A layer whose turn comes a second time begins a new pass. Layers are held weakly: they hold this object.
+    """
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, tuple[weakref.ref[VmemLayerMixin], int | None]] = {}
+
+    def note(self, layer: VmemLayerMixin) -> None:
+        """Note how long a layer is before it is written; None stands for not begun."""
+        if id(layer) in self._lengths:
+            self._lengths.clear()
+        n_tokens = layer.get_seq_length() if layer.is_initialized else None
+        self._lengths[id(layer)] = weakref.ref(layer), n_tokens
+
+    def undo(self) -> None:
+        """Take every layer back to where it was before the pass."""
+        for reference, n_tokens in self._lengths.values():
+            layer = reference()
+            if layer is not None:
+                layer.roll_back(n_tokens)
+        self._lengths.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardPass:
+        return ForwardPass()  # copied layers are in no pass yet
 
 
 class VmemLayerMixin(DynamicLayer):
@@ -53,9 +87,10 @@ class VmemLayerMixin(DynamicLayer):
     keys: Any  # a view of the tokens kept, `[n_rows, n_heads, n_tokens, head_dim]`; None before the first update
     values: Any
 
-    def __init__(self, store: RowStore, **kwargs: Any) -> None:
+    def __init__(self, store: RowStore, forward_pass: ForwardPass | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._store = store
+        self._pass = forward_pass or ForwardPass()
         self._rows: LayerRows | None = None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -76,8 +111,24 @@ class VmemLayerMixin(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self._begin(key_states, value_states)
-        rows.append(key_states, value_states)
+        """Write the next tokens and return views of all that attention needs.
+
+        Raises:
+            CapacityError: No room; the message says of what. All layers are as before the forward pass.
+            UsageError: Another batch size, dtype or device than before. Likewise.
+        """
+        self._pass.note(self)
+        try:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            return self._append(key_states, value_states)
+        except VmemError:
+            self._pass.undo()
+            raise
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._rows is not None
+        self._rows.append(key_states, value_states)
         self._refresh()
         return self.keys, self.values
 
@@ -99,27 +150,59 @@ class VmemLayerMixin(DynamicLayer):
             self._refresh()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._rows is not None:
-            self._select(torch.arange(self._rows.n_rows).repeat_interleave(repeats))
+        self._change_rows(self.prepare(_repeated(repeats)))
 
     def batch_select_indices(self, indices: Any) -> None:
-        if self._rows is not None:
-            # As tensor indexing reads them: lists, tuples of one index tensor, masks, negative numbers.
-            self._select(torch.arange(self._rows.n_rows)[indices])
+        self._change_rows(self.prepare(_selected(indices)))
 
-    def roll_back(self, n_tokens: int) -> None:
-        """Forget the tokens from `n_tokens` on, which a forward pass wrote that failed in a later layer."""
-        if self._rows is not None and self._rows.n_tokens > n_tokens:
-            self._rows.truncate(max(n_tokens, self._rows.first_token))
+    def prepare(self, rows_of: Callable[[int], torch.Tensor]) -> Change:
+        """Do of a change of rows what can fail: map memory for more rows than there are.
+
+        Args:
+            rows_of: Told how many rows there are; returns, for every row that there shall be, which one it copies.
+
+        Raises:
+            CapacityError: No room for more rows. Nothing changed.
+        """
+        if self._rows is None or not self.is_initialized:
+            return Change(None, None)
+        indices = rows_of(self._rows.n_rows)
+        return Change(indices, self._rows.copy(indices) if indices.numel() > self._rows.n_rows else None)
+
+    def _change_rows(self, change: Change) -> None:
+        """Do the rest of a prepared change."""
+        if self._rows is None or change.indices is None:
+            return
+        if change.wider is not None:
+            self._rows = change.wider
+        else:
+            self._rows.select(change.indices)
+        self._refresh()
+
+    def roll_back(self, n_tokens: int | None) -> None:
+        """Forget the tokens from `n_tokens` on; with None, begin anew with the next update."""
+        rows = self._rows
+        if n_tokens is None:
+            self.keys = self.values = None
+            self.is_initialized = False
+            if rows is not None:
+                rows.stop()
+        elif rows is not None and rows.n_tokens > n_tokens:
+            rows.truncate(n_tokens)
             self._refresh()
 
     def let_go(self) -> list[LayerRows]:
         """Drop the tensors of this layer and return what there is to close."""
         self.keys = self.values = None
         return [] if self._rows is None else [self._rows]
+
+    def abandon(self) -> None:
+        """Leave the memory to whoever still looks at it: it is freed when the last view dies."""
+        self.keys = self.values = self._rows = None
+        self.is_initialized = False
 
     def look_again(self) -> None:
         """Undo `let_go`."""
@@ -139,26 +222,27 @@ class VmemLayerMixin(DynamicLayer):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError("a vmem_kv cache cannot be pickled: its memory is mapped in parts; save clones of its tensors")
 
-    def _begin(self, key_states: torch.Tensor, value_states: torch.Tensor) -> LayerRows:
-        """Return the rows to append to, begun anew where they hold nothing that a new batch could contradict."""
-        rows = self._rows
-        if rows is not None and rows.n_tokens == 0 and rows.n_rows != key_states.shape[0]:
-            rows.stop()
-            self.is_initialized = False
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self._rows is not None
-        return self._rows
-
-    def _select(self, indices: torch.Tensor) -> None:
-        if self._rows is not None and self._rows.n_tokens > 0:
-            self._rows = self._rows.select(indices.to("cpu"))
-            self._refresh()
-
     def _refresh(self) -> None:
         """Point `keys` and `values`, which models and users read, at what is stored."""
         assert self._rows is not None
         self.keys, self.values = self._rows.views()
+
+
+class Change(NamedTuple):
+    """A change of rows, ready to be done: nothing of it can fail any more."""
+
+    indices: torch.Tensor | None  # which row each row copies; None: the layer is empty
+    wider: LayerRows | None  # the changed rows, where there are more than before
+
+
+def _repeated(repeats: int) -> Callable[[int], torch.Tensor]:
+    return lambda n_rows: torch.arange(n_rows).repeat_interleave(repeats)
+
+
+def _selected(indices: Any) -> Callable[[int], torch.Tensor]:
+    # As indexing a tensor reads them: tensors, lists, tuples of one index tensor, masks, negative numbers.
+    where = indices.to("cpu") if isinstance(indices, torch.Tensor) else indices
+    return lambda n_rows: torch.arange(n_rows)[where]
 
 
 class VmemLayer(VmemLayerMixin):
@@ -174,10 +258,9 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
         super().lazy_initialization(*args, **kwargs)
         self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self._begin(key_states, value_states)
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self._rows
+        assert rows is not None
         visible_from = max(rows.n_tokens - self.sliding_window + 1, rows.first_token)
         if not self.record_past:
             # What fell out of the window goes back now, a pass late: if this one fails, nothing is missing.
@@ -198,10 +281,9 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
             rows.slide(self.cumulative_length - self.keys.shape[-2])
             self._refresh()
 
-    def roll_back(self, n_tokens: int) -> None:
+    def roll_back(self, n_tokens: int | None) -> None:
         super().roll_back(n_tokens)
-        if self._rows is not None:
-            self.cumulative_length = self._rows.n_tokens
+        self.cumulative_length = n_tokens or 0
 
     def _refresh(self) -> None:
         rows = self._rows
@@ -215,7 +297,7 @@ class VmemHybridLayer(VmemLayerMixin, LinearAttentionAndFullAttentionLayer):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
 
 class VmemHybridSlidingLayer(VmemSlidingLayer, LinearAttentionAndSlidingWindowAttentionLayer):
@@ -223,7 +305,7 @@ class VmemHybridSlidingLayer(VmemSlidingLayer, LinearAttentionAndSlidingWindowAt
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
@@ -253,8 +335,8 @@ class VmemCache(DynamicCache):
         options: Instead of the five above, a whole `CacheConfig`.
 
     Raises:
-        ConfigError: A value makes no sense. What the machine cannot offer is refused at the first forward pass,
-            when the shapes are known.
+        ConfigError: A value makes no sense, or `options` was given beside one of the five. What the machine cannot
+            offer is refused at the first forward pass, when the shapes are known.
     """
 
     def __init__(
@@ -268,20 +350,24 @@ class VmemCache(DynamicCache):
         expected_tokens: int | None = None,
         options: CacheConfig | None = None,
     ) -> None:
-        decoder_config = config.get_text_config(decoder=True)
-        if max_tokens is None:
-            max_tokens = max(getattr(decoder_config, "max_position_embeddings", None) or 0, DEFAULT_MAX_TOKENS)
-        options = options or CacheConfig(
+        given = CacheConfig(
             max_tokens=max_tokens,
             page_bytes=page_bytes,
             layout=layout,
             max_bytes=max_bytes,
             expected_tokens=expected_tokens,
         )
+        if options is not None and given != CacheConfig():
+            raise ConfigError(f"VmemCache was given {given} and {options}; put everything into options")
+        options = options or given
+        decoder_config = config.get_text_config(decoder=True)
+        if options.max_tokens is None:
+            model_tokens = getattr(decoder_config, "max_position_embeddings", None) or 0
+            options = replace(options, max_tokens=max(model_tokens, DEFAULT_MAX_TOKENS))
         layer_types, kwargs = get_layer_types_and_kwargs(decoder_config)
         per_layer = kwargs if isinstance(kwargs, list) else [kwargs] * len(layer_types)  # 5.17 shares one dict
         store = RowStore(options, n_layers=sum(name in _LAYERS for name in layer_types))
-        mapping = DYNAMIC_LAYER_TYPE_MAPPING | _layers_on(store)
+        mapping = DYNAMIC_LAYER_TYPE_MAPPING | _layers_on(store, ForwardPass())
         Cache.__init__(self, layers=[mapping[t](**kw) for t, kw in zip(layer_types, per_layer, strict=True)])
         self._store = store
         self._closed = False
@@ -295,21 +381,60 @@ class VmemCache(DynamicCache):
             CapacityError: No room; the message says of what. All layers are as before the forward pass.
             UsageError: Another batch size, dtype or device than before, or a closed cache. Likewise.
         """
-        if self._closed:
-            raise UsageError("the cache is closed; make a new VmemCache")
+        self._require_open()
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return states
+
+    def reset(self) -> None:
+        """Forget all tokens. The memory stays mapped, for the next batch to use without a driver call."""
+        self._require_open()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens, by the rules of the stock cache."""
+        self._require_open()
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row i what row `beam_idx[i]` is now; only rows that change are copied."""
+        self._require_open()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put `repeats` copies of every row in its place.
+
+        Raises:
+            CapacityError: No room for them. Nothing changed.
+        """
+        self._change_rows(_repeated(repeats), "batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows `indices`, in this order.
+
+        Raises:
+            CapacityError: They are more than before, and there is no room. Nothing changed.
+        """
+        self._change_rows(_selected(indices), "batch_select_indices", indices)
+
+    def _change_rows(self, rows_of: Callable[[int], torch.Tensor], stock_method: str, argument: Any) -> None:
+        """Change the rows of all layers or, where one has no room, of none."""
+        self._require_open()
+        layers = self._our_layers()
+        changes: list[Change] = []
         try:
-            states: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(
-                key_states, value_states, *args, **kwargs
-            )
-            return states
+            for layer in layers:
+                changes.append(layer.prepare(rows_of))  # noqa: PERF401 - what was prepared must be known on failure
         except VmemError:
-            n_tokens = self.layers[layer_idx].get_seq_length()
-            for layer in self._our_layers():
-                layer.roll_back(n_tokens)
+            close_rows([change.wider for change in changes if change.wider is not None])
             raise
+        for layer, change in zip(layers, changes, strict=True):
+            layer._change_rows(change)
+        for other in self.layers:
+            if not isinstance(other, VmemLayerMixin):
+                getattr(other, stock_method)(argument)
 
     def stats(self) -> CacheStats:
-        """Return one snapshot over all layers."""
+        """Return one snapshot over all layers; those of deep copies count too, they share the pool."""
         return self._store.stats()
 
     def explain(self) -> str:
@@ -333,9 +458,11 @@ class VmemCache(DynamicCache):
         """Give all memory back. Idempotent.
 
         Raises:
-            UsageError: Tensors that look into the cache are still alive; nothing is lost, close again without them.
+            UsageError: Tensors that look into the cache are still alive, or this is a forked child. Nothing changed:
+                close again without them.
             DriverError: Memory could not be given back; call again to try again.
         """
+        self._store.require_owner()
         layers = self._our_layers()
         try:
             close_rows([rows for layer in layers for rows in layer.let_go()])
@@ -354,13 +481,13 @@ class VmemCache(DynamicCache):
         if error is None:
             self.close()
             return
-        # The traceback's frames may hold views; what they keep alive is freed when they die.
-        try:
-            self.close()
-        except UsageError:
-            self._closed = True
+        # The traceback's frames may hold views: their memory is freed when they die.
+        for layer in self._our_layers():
+            layer.abandon()
+        self._closed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VmemCache:
+        self._require_open()
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -368,6 +495,10 @@ class VmemCache(DynamicCache):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError("a vmem_kv cache cannot be pickled: its memory is mapped in parts; save clones of its tensors")
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("the cache is closed; make a new VmemCache")
 
     def _our_layers(self) -> list[VmemLayerMixin]:
         return [layer for layer in self.layers if isinstance(layer, VmemLayerMixin)]
@@ -379,6 +510,9 @@ def dynamic_caches_on_vmem(options: CacheConfig | None = None) -> Iterator[RowSt
 
     For code that builds its own caches. It swaps entries of transformers' mapping of layer types, for the whole
     process, and puts them back on exit; caches made inside stay ours. Yields the store that they share.
+
+    Such a cache does not know its layers as a whole: after a CapacityError some have the failed pass's tokens and some
+    do not, so reset or drop it. Sequences are limited to `options.max_tokens`, by default 32,768.
     """
     store = RowStore(options or CacheConfig(), n_layers=32)
     stock = {name: DYNAMIC_LAYER_TYPE_MAPPING[name] for name in _LAYERS if name in DYNAMIC_LAYER_TYPE_MAPPING}
@@ -389,8 +523,12 @@ def dynamic_caches_on_vmem(options: CacheConfig | None = None) -> Iterator[RowSt
         DYNAMIC_LAYER_TYPE_MAPPING.update(stock)
 
 
-def _layers_on(store: RowStore) -> dict[str, Any]:
-    return {name: partial(layer, store) for name, layer in _LAYERS.items() if name in DYNAMIC_LAYER_TYPE_MAPPING}
+def _layers_on(store: RowStore, forward_pass: ForwardPass | None = None) -> dict[str, Any]:
+    return {
+        name: partial(layer, store, forward_pass)
+        for name, layer in _LAYERS.items()
+        if name in DYNAMIC_LAYER_TYPE_MAPPING
+    }
 
 
 def _spec(key_states: torch.Tensor, value_states: torch.Tensor) -> LayerSpec:
