@@ -102,7 +102,7 @@ def evaluate_targets(visits: Sequence[Visit]) -> list[Target]:
     memory = [
         (f"{p}, {when}", spread)
         for p in results.points(context=4096)
-        for when, value in (("at 4,096", _waste), ("a token later", _waste_after_growth))
+        for when, value in (("at 4,096", _waste), ("behind the next page boundary", _waste_after_growth))
         if (spread := _over_attentions(results, p, value)) is not None
     ]
     targets.append(Target("peak physical KV / live bytes at 4,096", 1.05, False, tuple(memory)))
@@ -114,6 +114,29 @@ def evaluate_targets(visits: Sequence[Visit]) -> list[Target]:
     ]
     targets.append(Target("the cache's bookkeeping, % of a decode step", 3.0, False, tuple(shares)))
     return targets
+
+
+LOGITS_BOUNDS = {"dynamic": 0.0, "static": 0.05}
+"""How far float32 logits may be from ours within one attention function; a wrong token moves them by whole units."""
+
+
+def evaluate_equality(visits: Sequence[Visit]) -> list[Target]:
+    """Hold the logits of every cache against each other: speed means nothing where they differ."""
+    results = Results(visits)
+    return [
+        Target(
+            f"greatest difference of the logits to {LABELS[other]}'s, float32, same attention",
+            bound,
+            False,
+            tuple(
+                (f"{point}, {attention}", Spread.of([max(v.logits_difference for v in both)]))
+                for point in results.points(dtype="float32")
+                for attention in results.attentions()
+                if (both := [v for c in ("vmem", other) for v in results.visits(point, c, attention)])
+            ),
+        )
+        for other, bound in LOGITS_BOUNDS.items()
+    ]
 
 
 def summarise(visits: Sequence[Visit], prefills: Sequence[Prefill]) -> dict[str, Any]:
@@ -217,9 +240,9 @@ def _waste(visit: Visit) -> float | None:
 
 
 def _waste_after_growth(visit: Visit) -> float | None:
-    if visit.peak_kv_bytes_after_growth is None:
+    if visit.peak_kv_bytes_after_growth is None or not visit.live_bytes_after_growth:
         return None
-    return visit.peak_kv_bytes_after_growth / (visit.live_bytes * (1 + 1 / visit.context))
+    return visit.peak_kv_bytes_after_growth / visit.live_bytes_after_growth
 
 
 def _over_attentions(results: Results, point: Point, value: Callable[[Visit], float | None]) -> Spread | None:
@@ -308,7 +331,11 @@ def _print_steps(console: Console, results: Results) -> None:
 
 
 def _print_prefills(console: Console, prefills: Sequence[Prefill]) -> None:
-    table = Table(title="Time to first token, batch 1 (real prefill; making the cache is inside)")
+    contexts = ", ".join(f"{n:,}" for n in sorted({p.context for p in prefills}))
+    table = Table(
+        title="Time to first token (real prefill; making the cache is inside); measured only at batch 1 and\n"
+        f"contexts {contexts}, with {prefills[0].attention} attention"
+    )
     for column in ("dtype", "context", *(f"{LABELS[c]}\nms" for c in CACHES), "/ DynamicCache", "/ StaticCache"):
         table.add_column(column, justify="right")
     ratios: dict[tuple[str, int], list[str]] = {}

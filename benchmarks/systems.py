@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
@@ -77,12 +77,16 @@ class Visit:
     """The most memory that K and V took up to `context` tokens: mapped pages (vmem), or the tensors' own sizes,
     for `dynamic` with the one tensor that exists twice while it is concatenated."""
     peak_kv_bytes_after_growth: int | None
-    """The same one token later, the worst moment for page waste (vmem only)."""
+    """The same when every sequence has just outgrown its pages, the worst moment for page waste (vmem only)."""
+    live_bytes_after_growth: int | None
+    """What the tokens need at that moment."""
     peak_resident_bytes: int | None
     """The most that the process's resident memory grew, attention's temporaries included."""
     logits_difference: float
-    """Greatest difference to the logits of the first system with this attention function, at the first step. Random
-    K and V amplify rounding: in bfloat16, what is not equal to the bit can be far apart."""
+    """Greatest difference to the logits of the first system at this point with this attention function, which is
+    vmem in round 0, at the first step. `dynamic` attends to the same tokens in the same order: no difference is
+    right. `static` masks its unused rest, which rounds differently. Random K and V amplify that: in bfloat16, what
+    is not equal to the bit can be far apart."""
 
     @property
     def bookkeeping_share(self) -> float | None:
@@ -109,6 +113,14 @@ class Prefill:
     cache: str
     attention: str
     first_token_ms: float
+
+
+class _GrowthStep(NamedTuple):
+    """A decode step in which every sequence outgrew its pages."""
+
+    update_ms: float  # inside `cache.update`, without the copies
+    n_tokens: float  # steps that the new pages serve
+    live_bytes: int  # what the tokens needed then
 
 
 @dataclass(slots=True)
@@ -187,6 +199,7 @@ class Bench:
             peak_resident = process.peak_resident_bytes() - resident_before if can_see_peak else None
             is_ours = isinstance(cache, VmemCache)
             growth = self._grow(cache, clock) if isinstance(cache, VmemCache) else None
+            peak_after_growth = _peak_kv_bytes(cache) if is_ours else None
         reference_logits = self.reference_logits.setdefault(attention, first_logits)
         visit = Visit(
             **{name: getattr(point, name) for name in Point.__slots__},
@@ -198,12 +211,13 @@ class Bench:
             decode_tokens_per_s=0.0,
             update_ms=statistics.median(update_ms),
             copy_ms=statistics.median(copy_ms) if is_ours else None,
-            growth_update_ms=growth[0] if growth else None,
-            growth_tokens=growth[1] if growth else None,
+            growth_update_ms=growth.update_ms if growth else None,
+            growth_tokens=growth.n_tokens if growth else None,
             faults_per_step=statistics.median(faults),
             live_bytes=self.live_bytes,
             peak_kv_bytes=peak_kv_bytes,
-            peak_kv_bytes_after_growth=_peak_kv_bytes(cache) if is_ours else None,
+            peak_kv_bytes_after_growth=peak_after_growth,
+            live_bytes_after_growth=growth.live_bytes if growth else None,
             peak_resident_bytes=peak_resident,
             logits_difference=(first_logits - reference_logits).abs().max().item(),
         )
@@ -224,17 +238,29 @@ class Bench:
         logits.argmax(-1)
         return logits.float()
 
-    def _grow(self, cache: VmemCache, clock: _Clock) -> tuple[float, float] | None:
-        """Take the step behind `context`; if it maps pages, return its cost and the steps that the pages serve."""
+    def _grow(self, cache: VmemCache, clock: _Clock) -> _GrowthStep:
+        """Fill the pages that are mapped, then take the step that outgrows them.
+
+        A context that is no multiple of a page would else seem to grow for free.
+        """
+        before = cache.stats()
+        # Every sequence and layer has the same shapes, so they run out of room together.
+        n_tokens = self.point.context
+        room = before.mapped_bytes * n_tokens // before.live_bytes - n_tokens
+        while room > 0:
+            n_more = min(room, self.point.context)
+            self._fill(cache, 0, n_more)
+            room -= n_more
         before = cache.stats()
         clock.take()
         self._step(cache, self.tokens.shape[1] - 1)
         in_update, in_copy = clock.take()
         after = cache.stats()
         if after.mapped_bytes == before.mapped_bytes:
-            return None
+            raise AssertionError(f"the step behind the last page mapped nothing: {before} {after}")
         bytes_per_step = after.live_bytes - before.live_bytes
-        return in_update - in_copy, (after.mapped_bytes - before.mapped_bytes) / bytes_per_step
+        n_steps = (after.mapped_bytes - before.mapped_bytes) / bytes_per_step
+        return _GrowthStep(in_update - in_copy, n_steps, after.live_bytes)
 
 
 def measure_prefill(

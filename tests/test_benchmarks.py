@@ -12,10 +12,11 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 import torch
+from transformers import StaticCache
 
 from benchmarks import allocator, generate
 from benchmarks.records import Spread, Target
-from benchmarks.systems import ATTENTIONS, CACHES, TINY
+from benchmarks.systems import ATTENTIONS, CACHES, TINY, Bench
 
 TINY_RUN = ["--model", TINY, "--contexts", "36", "128", "--batches", "2", "--steps", "4", "--rounds", "2"]
 
@@ -60,11 +61,35 @@ def test_generate(tmp_path: Path) -> None:
     # 128 tokens of 64 bytes fill a page of 8 KiB per head: the step behind them maps one in each plane.
     grown = [v["growth_tokens"] for v in visits if v["cache"] == "vmem" and v["context"] == 128]
     assert grown == [128] * 4
-    assert {v["growth_tokens"] for v in visits if v["cache"] == "vmem" and v["context"] == 36} == {None}
+    # At 36, the pages are filled first: growth is measured wherever the context ends.
+    ours = [v for v in visits if v["cache"] == "vmem" and v["context"] == 36]
+    assert {v["growth_tokens"] for v in ours} == {128}
+    assert {v["live_bytes_after_growth"] for v in ours} == {v["live_bytes"] // 36 * 129 for v in ours}
+    # Who is first takes turns.
+    order = [(v["round"], v["cache"], v["attention"]) for v in visits if v["context"] == 36]
+    assert order[0] == (0, CACHES[0], ATTENTIONS[0])
+    assert order[6] == (1, CACHES[1], ATTENTIONS[1])
+    equality = [target for target in record["targets"] if "logits" in target["what"]]
+    assert [target["verdict"] for target in equality] == ["pass", "pass"]
+    assert [len(target["points"]) for target in equality] == [4, 4]
 
     assert {(p["cache"], p["round"]) for p in record["prefills"]} == {(c, r) for c in CACHES for r in (0, 1)}
     assert len(record["summary"]["decode_ratios"]) == 2 * 6
     assert len(record["summary"]["first_token_ratios"]) == 2
+
+
+def test_a_cache_that_changes_the_logits_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Bench._step
+
+    def wrong(self, cache, index):
+        return step(self, cache, index) + isinstance(cache, StaticCache)
+
+    monkeypatch.setattr(Bench, "_step", wrong)
+    out = tmp_path / "generate.json"
+    with pytest.raises(SystemExit, match="logits to StaticCache"):
+        generate.main([*TINY_RUN, "--dtypes", "float32", "--prefill-contexts", "--threads", "1", "--json", str(out)])
+    verdicts = [t["verdict"] for t in read(out)["targets"] if "logits" in t["what"]]
+    assert verdicts == ["pass", "miss"]
 
 
 def test_generate_refuses_a_context_shorter_than_its_steps() -> None:
