@@ -224,6 +224,10 @@ def test_a_model_that_needs_more_than_our_attention_gets_eager(
     asked = run("generate", folder, "-p", PROMPT, "-n", "4", "--attention", "vmem_kv")
     assert asked.exit_code == 1
     assert "use --attention eager" in asked.stderr
+    if name == "gpt_oss":  # transformers itself refuses, in its own words
+        asked = run("generate", folder, "-p", PROMPT, "-n", "4", "--attention", "sdpa")
+        assert asked.exit_code == 1
+        assert "--attention eager" in asked.stderr
 
 
 def test_the_table_says_what_is_not_counted_of_dynamic_cache(tiny_model_folder: Path) -> None:

@@ -18,6 +18,7 @@ import io
 import os
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -201,7 +202,7 @@ def _config_errors(what: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = textwrap.shorten(str(error), 600, placeholder=" ...") or type(error).__name__
         raise ConfigError(f"{what}: {reason}") from error
 
 

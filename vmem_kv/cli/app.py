@@ -30,7 +30,7 @@ EXTRA_OF_PACKAGE = {
 OPTION_OF_SETTING = (
     (r"\bmax_bytes\b", "--max-memory"),
     (r"\bpage_bytes\b", "--page-bytes"),
-    (r"\battn_implementation='(\w+)'", r"--attention \1"),
+    (r"\battn_implementation=['\"](\w+)['\"]", r"--attention \1"),
 )
 """How settings are called in Python, as patterns, and by those who type a command."""
 
