@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +42,6 @@ def new_cache() -> Iterator[Callable[..., VmemCache]]:
         return caches[-1]
 
     yield make
-    gc.collect()
     for cache in caches:
         with contextlib.suppress(UsageError):  # the traceback of a failed test keeps views alive
             cache.close()
