@@ -19,7 +19,7 @@
 
 /* Bumped whenever a signature or its meaning changes; the Python side refuses any other number. */
 int vmem_host_abi(void) {
-    return 2;
+    return 3;
 }
 
 static int fallocate_uninterrupted(int fd, int mode, int64_t offset, int64_t n_bytes) {
@@ -32,16 +32,23 @@ static int fallocate_uninterrupted(int fd, int mode, int64_t offset, int64_t n_b
 }
 
 /* Map over a reserved range. A new mapping does not inherit MADV_DONTFORK from what it replaces: without it a forked
- * child could write into the pages, and the range would no longer merge with the reservation around it. *n_done
- * grows by n_items once the range has changed, also if the advice fails after that. */
-static int map_over(int64_t address, size_t n_bytes, int protection, int flags, int fd, int64_t offset, size_t n_items,
-                    size_t *n_done) {
+ * child could write into the pages, and the range would no longer merge with the reservation around it. */
+static int map_over(int64_t address, size_t n_bytes, int protection, int flags, int fd, int64_t offset) {
     void *start = (void *)(uintptr_t)address;
     if (mmap(start, n_bytes, protection, flags | MAP_FIXED, fd, offset) == MAP_FAILED) {
         return errno;
     }
-    *n_done += n_items;
     return madvise(start, n_bytes, MADV_DONTFORK) == 0 ? 0 : errno;
+}
+
+/* Without the advice an empty range is merely not merged with its surroundings: a child inherits nothing to touch. */
+static int map_nothing_over(int64_t address, size_t n_bytes) {
+    void *start = (void *)(uintptr_t)address;
+    if (mmap(start, n_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED) {
+        return errno;
+    }
+    (void)madvise(start, n_bytes, MADV_DONTFORK);
+    return 0;
 }
 
 /* The number of items from `first` on whose offsets follow each other at page_bytes. */
@@ -85,14 +92,16 @@ int vmem_host_map(int fd, const int64_t *addresses, const int64_t *offsets, size
                offsets[first + run] == offsets[first + run - 1] + page_bytes) {
             run++;
         }
-        int error = map_over(addresses[first], run * (size_t)page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
-                             offsets[first], run, n_done);
+        size_t n_bytes = run * (size_t)page_bytes;
+        int error = map_over(addresses[first], n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offsets[first]);
         if (error != 0) {
+            (void)map_nothing_over(addresses[first], n_bytes); /* a run counts as done or it is not there */
             return error;
         }
+        *n_done += run;
         /* Cheaper than MAP_POPULATE. Its result does not matter: the pages are backed, and where the kernel does not
          * know the advice, the page tables fill at the first touch. */
-        (void)madvise((void *)(uintptr_t)addresses[first], run * (size_t)page_bytes, MADV_POPULATE_WRITE);
+        (void)madvise((void *)(uintptr_t)addresses[first], n_bytes, MADV_POPULATE_WRITE);
     }
     return 0;
 }
@@ -100,9 +109,8 @@ int vmem_host_map(int fd, const int64_t *addresses, const int64_t *offsets, size
 /* Turn ranges back into reservation by mapping nothing over them; never munmap, which would open a hole that
  * another thread's mmap could take. */
 int vmem_host_unmap(const int64_t *addresses, const int64_t *lengths, size_t n, size_t *n_done) {
-    for (*n_done = 0; *n_done < n;) {
-        int error = map_over(addresses[*n_done], (size_t)lengths[*n_done], PROT_NONE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0, 1, n_done);
+    for (*n_done = 0; *n_done < n; (*n_done)++) {
+        int error = map_nothing_over(addresses[*n_done], (size_t)lengths[*n_done]);
         if (error != 0) {
             return error;
         }

@@ -11,7 +11,8 @@
     ├── UsageError             the caller broke a contract; nothing changed
     └── InvariantError         our bug: the books do not add up; carries a dump of the state
 
-After any of them except InvariantError the cache is as it was before the call.
+After any of them except InvariantError all sequences are as they were before the call. Warm slots may have gone cold to
+make room, and pages that could not be given back are quarantined; each call's "Raises" says so.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ConfigError(VmemError, ValueError):
 
 
 class CapacityError(VmemError):
-    """Something finite has run out. Nothing changed: reclaim, retire or wait, and try again."""
+    """Something finite has run out. No sequence changed: reclaim, retire or wait, and try again."""
 
 
 class OutOfPages(CapacityError):
@@ -59,7 +60,10 @@ class DriverError(VmemError):
         code: The driver's own error number (errno on the host).
         name: The symbolic name of ``code``, e.g. ``"ENOSPC"``.
         n_done: How many of the items given to the call took effect before the failure.
+        is_fatal: Whether the device is lost: no further call can succeed, and closing forgets instead of freeing.
     """
+
+    is_fatal: bool = False
 
     def __init__(self, operation: str, code: int, name: str, n_done: int = 0, detail: str = "") -> None:
         super().__init__(operation, code, name, n_done, detail)

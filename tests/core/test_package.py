@@ -24,6 +24,7 @@ CORE = [
     "vmem_kv.errors",
     "vmem_kv.units",
     "vmem_kv.machine",
+    "vmem_kv.driver.ledger",
     "vmem_kv.driver.base",
     "vmem_kv.driver.host_mapper",
     "vmem_kv.driver.host",
@@ -151,7 +152,7 @@ def test_exported_names() -> None:
     assert sorted(vmem_kv.testing.__all__) == [
         *("ContractBreach", "FaultyDriver", "HostMemory", "ManualFence", "Memory", "ModelMismatch", "Plan", "Point"),
         *("ReferenceModel", "Report", "check_driver", "driver_error", "fail_any", "fail_from", "fail_kind"),
-        *("fail_once", "natural_error", "no_faults"),
+        *("fail_once", "interruption", "natural_error", "no_faults"),
     ]
 
 

@@ -7,6 +7,12 @@ Guarantees that hold for every call:
   * A call that raises says how far it came: ``error.n_done`` items of the batch took effect, in order, and the
     rest did not. ``create`` reports through its out-list instead.
   * Running out of something raises a ``CapacityError``, everything else a ``DriverError``.
+  * An exception that is no ``VmemError`` (KeyboardInterrupt) says nothing about how far the call came.
+  * After a ``DriverError`` with ``is_fatal`` no call succeeds any more, but ``close``: the device took its memory and
+    its mappings back, or will when the process ends. Callers forget what they held; they do not try to give it back.
+  * A driver refuses with a ``VmemError``, and changes nothing for that item: a handle that is not live or has another
+    size in ``release`` (so a second release), a reservation that is not live or only part of one, and every call but
+    ``close`` after ``close``.
   * Calls may come from any thread, one at a time or together; the driver keeps no lock of ours.
 
 Assumptions on the caller (``driver/checked.py`` enforces them): sizes and addresses are multiples of
@@ -22,6 +28,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
+
+from vmem_kv.driver.ledger import Ledger
 
 Handle = NewType("Handle", int)
 """Opaque name of one physical page (a memfd offset; a CUmemGenericAllocationHandle)."""
@@ -50,20 +58,26 @@ class DriverInfo:
     name: str
     device: str  # as torch names it: "cpu", "cuda:0"
     granularity_bytes: int  # smallest mappable size; every size and address is a multiple of it
-    max_mappings: int  # live mappings that we may hold
+    max_mappings: int  # live mappings that all users of the driver's ledger may hold together
     neighbours_merge: bool  # consecutive handles at consecutive addresses are one mapping to the system
     mappings_per_run: int  # what a run that does not merge costs of max_mappings, at worst
     keeps_pay: bool  # create and release cost so much that freed handles are worth keeping
     memory_bytes: int  # physical memory that could be handed out when the driver was opened
     max_reservation_bytes: int  # the largest single reservation worth trying
     path: str  # how the calls are made, for people: "native", "python", "cuda-python"
+    zeroes_new_pages: bool = True  # where not, whoever maps a created page scrubs it before anybody reads it
 
 
 class Fence(Protocol):
     """A point in time on the device: nothing launched before it can still touch the range once it has passed."""
 
     def passed(self) -> bool:
-        """Whether the point lies in the past. Must not block."""
+        """Whether the point lies in the past. Must not block. Once True, always True.
+
+        Raises:
+            DriverError: The device cannot say. The caller counts the fence as not passed: whatever waits for it
+                stays mapped, and the error goes to whoever asked. Asking again is allowed.
+        """
 
 
 class PassedFence:
@@ -83,6 +97,12 @@ class Driver(ABC):
     info: DriverInfo
     calls: Counter[str]
     """How often each operation was called since the driver was opened; a batch counts once."""
+    ledger: Ledger
+    """Where everybody under the same limits is counted: one per process on the host, one per device elsewhere."""
+
+    def available_bytes(self) -> int:
+        """Physical memory that could be handed out now."""
+        return self.info.memory_bytes
 
     @abstractmethod
     def reserve(self, n_bytes: int) -> Reservation:
@@ -103,11 +123,14 @@ class Driver(ABC):
 
     @abstractmethod
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
-        """Create one physical page of ``page_bytes`` per place, filled with zeros, and append its handle.
+        """Create one physical page of ``page_bytes`` per place and append its handle.
+
+        The page is filled with zeros if ``info.zeroes_new_pages``, else with anything.
 
         A place is the address at which the page will be mapped first. It is a hint: a driver whose neighbouring
-        mappings merge names the page such that it merges there; others ignore it. ``created`` holds the new
-        handles in order, also after a failure, when it is shorter than ``places``.
+        mappings merge names the page by its place, or otherwise where that name is taken; others ignore it.
+        ``created`` holds the new handles in order, also after a failure of any kind, when it is shorter than
+        ``places``.
 
         Raises:
             OutOfPages: The device has no memory left for the next page.
@@ -130,7 +153,8 @@ class Driver(ABC):
         """Make ranges readable and writable on ``info.device``. A span covers whole mappings without holes.
 
         Raises:
-            DriverError: ``n_done`` spans are accessible.
+            OutOfMappings: The system refuses another mapping (where a limit shows here only); as below.
+            DriverError: ``n_done`` spans are accessible; all of them are still mapped.
         """
 
     @abstractmethod
@@ -140,7 +164,10 @@ class Driver(ABC):
         Not ordered behind anything that runs on the device: the caller has waited for a fence.
 
         Raises:
+            OutOfMappings: To unmap a part would split a mapping, and the system refuses one more. ``n_done`` spans
+                are unmapped; the others are still mapped, and may be tried again later.
             DriverError: ``n_done`` spans are unmapped; the others are still mapped.
+            UsageError: Nothing is mapped there (of a driver that keeps count). Nothing changed.
         """
 
     @abstractmethod
@@ -164,12 +191,15 @@ class Driver(ABC):
 
     @abstractmethod
     def fence(self) -> Fence:
-        """Return a fence behind everything launched on the device so far."""
+        """Return a fence behind everything launched so far on the calling thread's current stream."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the driver itself holds. Idempotent.
+        """Free what the driver itself holds. Idempotent; after a fatal error it forgets what it cannot free.
+
+        Handles that are live still are tolerated: their memory goes back with the driver. (It is how pages go whose
+        release failed.)
 
         Raises:
-            UsageError: Reservations are left; nothing changed.
+            UsageError: Reservations are left, and no fatal error took them; nothing changed.
         """

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
-from vmem_kv.errors import UsageError, VmemError
+from vmem_kv.driver.ledger import Ledger
+from vmem_kv.errors import UsageError
 
 
 class CheckedDriver(Driver):
@@ -32,6 +33,14 @@ class CheckedDriver(Driver):
     def calls(self) -> Counter[str]:  # type: ignore[override]
         """The inner driver's counts."""
         return self.inner.calls
+
+    @property
+    def ledger(self) -> Ledger:  # type: ignore[override]
+        """The inner driver's ledger."""
+        return self.inner.ledger
+
+    def available_bytes(self) -> int:
+        return self.inner.available_bytes()
 
     @property
     def n_live_handles(self) -> int:
@@ -104,12 +113,11 @@ class CheckedDriver(Driver):
                     raise UsageError(f"map to {address:#x}, which is not reserved")
                 if self._covering(address, page_bytes):
                     raise UsageError(f"map to {address:#x}, where something is mapped")
-        n_done = 0
+        n_done = len(handles)
         try:
             self.inner.map(page_bytes, addresses, handles)
-            n_done = len(handles)
-        except VmemError as error:
-            n_done = error.n_done
+        except BaseException as error:  # one that does not say how far it came may have mapped all of it
+            n_done = getattr(error, "n_done", n_done)
             raise
         finally:
             with self._lock:
@@ -118,10 +126,16 @@ class CheckedDriver(Driver):
 
     def set_access(self, spans: Sequence[Span]) -> None:
         with self._lock:
-            pages = [page for span in spans for page in self._whole_mappings("set_access", span)]
-        self.inner.set_access(spans)
-        with self._lock:
-            self._accessible.update(pages)
+            pages_of_spans = [self._whole_mappings("set_access", span) for span in spans]
+        n_done = len(spans)
+        try:
+            self.inner.set_access(spans)
+        except BaseException as error:
+            n_done = getattr(error, "n_done", 0)
+            raise
+        finally:
+            with self._lock:
+                self._accessible.update(page for pages in pages_of_spans[:n_done] for page in pages)
 
     def unmap(self, spans: Sequence[Span]) -> None:
         with self._lock:
@@ -132,8 +146,8 @@ class CheckedDriver(Driver):
         try:
             self.inner.unmap(spans)
             n_done = len(spans)
-        except VmemError as error:
-            n_done = error.n_done
+        except BaseException as error:
+            n_done = getattr(error, "n_done", 0)
             raise
         finally:
             with self._lock:
@@ -157,8 +171,8 @@ class CheckedDriver(Driver):
         try:
             self.inner.release(page_bytes, handles)
             n_done = len(handles)
-        except VmemError as error:
-            n_done = error.n_done
+        except BaseException as error:
+            n_done = getattr(error, "n_done", 0)
             raise
         finally:
             with self._lock:

@@ -37,6 +37,7 @@ from vmem_kv.driver.host_mapper import (
     libc,
     open_mapper,
 )
+from vmem_kv.driver.ledger import PROCESS, Ledger
 from vmem_kv.errors import (
     ConfigError,
     DriverError,
@@ -44,7 +45,6 @@ from vmem_kv.errors import (
     OutOfMappings,
     OutOfPages,
     UsageError,
-    VmemError,
 )
 from vmem_kv.machine import Machine, describe_machine
 from vmem_kv.units import format_bytes, round_up
@@ -66,19 +66,26 @@ class HostDriver(Driver):
         path: "native", "python", or "auto" for native where it was built.
         huge_pages: Take memory from hugetlbfs, in units of its page size.
         headroom_mappings: How many of the process's mappings to leave alone.
+        ledger: Where mappings and memory are counted; by default with those of the process's other host drivers.
 
     Raises:
         ConfigError: The machine cannot offer what was asked; the message names the setting to change.
     """
 
     def __init__(
-        self, path: str = "auto", *, huge_pages: bool = False, headroom_mappings: int = HEADROOM_MAPPINGS
+        self,
+        path: str = "auto",
+        *,
+        huge_pages: bool = False,
+        headroom_mappings: int = HEADROOM_MAPPINGS,
+        ledger: Ledger = PROCESS,
     ) -> None:
         machine = describe_machine()
         try:
             self._mapper = open_mapper(path)
         except OSError as error:
             raise ConfigError(f"host driver path {path!r}: {error}; use path='python' or 'auto'") from error
+        self._huge_pages = huge_pages
         self._fd = _open_memfd(machine, huge_pages)
         self._pid = os.getpid()
         self._close_fd = weakref.finalize(self, _close_quietly, self._fd)
@@ -88,22 +95,25 @@ class HostDriver(Driver):
         self._next_upper = _UPPER_HALF
         self._lock = threading.Lock()
         self.calls = Counter()
+        self.ledger = ledger
+        n_other_mappings = ledger.other_mappings(machine.n_mappings_now)
         self.info = DriverInfo(
             name="host",
             device="cpu",
             granularity_bytes=machine.huge_page_bytes if huge_pages else machine.os_page_bytes,
-            max_mappings=max(0, machine.max_map_count - machine.n_mappings_now - headroom_mappings),
+            max_mappings=max(0, machine.max_map_count - n_other_mappings - headroom_mappings),
             neighbours_merge=True,
             # An isolated run splits its surroundings: one mapping for itself, one for what is behind it.
             mappings_per_run=2,
             # Zeroing dominates, and a page kept for another owner must be zeroed as well.
             keeps_pay=False,
-            memory_bytes=machine.n_huge_pages_free * machine.huge_page_bytes
-            if huge_pages
-            else machine.usable_memory_bytes,
+            memory_bytes=_available_bytes(machine, huge_pages),
             max_reservation_bytes=1 << 46,
             path=self._mapper.name,
         )
+
+    def available_bytes(self) -> int:
+        return _available_bytes(describe_machine(), self._huge_pages)
 
     def reserve(self, n_bytes: int) -> Reservation:
         self._enter("reserve")
@@ -160,13 +170,7 @@ class HostDriver(Driver):
     def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
         self._enter("map")
         code, n_done = self._mapper.map(self._fd, addresses, handles, page_bytes)
-        if code == errno.ENOMEM:
-            raise _with_n_done(
-                OutOfMappings("the kernel refuses another mapping; raise vm.max_map_count or use larger pages"),
-                n_done,
-            )
-        if code:
-            _raise("map", code, n_done)
+        _raise_from_mapping("map", code, n_done)
 
     def set_access(self, spans: Sequence[Span]) -> None:
         # mmap grants access at once; the contract only forbids relying on that.
@@ -175,8 +179,7 @@ class HostDriver(Driver):
     def unmap(self, spans: Sequence[Span]) -> None:
         self._enter("unmap")
         code, n_done = self._mapper.unmap([address for address, _ in spans], [n_bytes for _, n_bytes in spans])
-        if code:
-            _raise("unmap", code, n_done)
+        _raise_from_mapping("unmap", code, n_done)
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         self._enter("release")
@@ -239,6 +242,10 @@ class HostDriver(Driver):
         return Handle(offset)
 
 
+def _available_bytes(machine: Machine, huge_pages: bool) -> int:
+    return machine.n_huge_pages_free * machine.huge_page_bytes if huge_pages else machine.usable_memory_bytes
+
+
 def _open_memfd(machine: Machine, huge_pages: bool) -> int:
     if huge_pages and machine.n_huge_pages_free == 0:
         raise ConfigError("huge_pages=True, but no huge page is free; set vm.nr_hugepages or use huge_pages=False")
@@ -261,9 +268,16 @@ def _close_quietly(fd: int) -> None:
         os.close(fd)
 
 
-def _with_n_done(error: VmemError, n_done: int) -> VmemError:
-    error.n_done = n_done
-    return error
+def _raise_from_mapping(operation: str, code: int, n_done: int) -> None:
+    """Raise what a batch of mmap calls ended with, if anything."""
+    if code in (errno.ENOMEM, errno.EAGAIN):  # madvise says EAGAIN where mmap says ENOMEM
+        error = OutOfMappings(
+            f"the kernel refuses another mapping in {operation}; raise vm.max_map_count or use larger pages"
+        )
+        error.n_done = n_done
+        raise error
+    if code:
+        _raise(operation, code, n_done)
 
 
 def _raise(operation: str, code: int, n_done: int = 0) -> NoReturn:

@@ -15,7 +15,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Protocol
 
-ABI = 2
+ABI = 3
 
 PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
@@ -79,31 +79,42 @@ class SyscallMapper:
             ):
                 end += 1
             n_bytes = (end - first) * page_bytes
-            code, is_done = _map_over(addresses[first], n_bytes, PROT_READ_WRITE, MAP_SHARED, fd, offsets[first])
+            code = _map_over(addresses[first], n_bytes, fd, offsets[first])
             if code:
-                return code, end if is_done else first
+                _map_nothing_over(addresses[first], n_bytes)  # a run counts as done or it is not there
+                return code, first
             libc.madvise(addresses[first], n_bytes, MADV_POPULATE_WRITE)  # an older kernel fills at the first touch
             first = end
         return 0, n
 
     def unmap(self, addresses: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
-        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
         for n_done, (address, n_bytes) in enumerate(zip(addresses, lengths, strict=True)):
-            code, is_done = _map_over(address, n_bytes, PROT_NONE, flags, -1, 0)
-            if code:
-                return code, n_done + is_done
+            if code := _map_nothing_over(address, n_bytes):
+                return code, n_done
         return 0, len(addresses)
 
 
-def _map_over(address: int, n_bytes: int, protection: int, flags: int, fd: int, offset: int) -> tuple[int, bool]:
-    """Map over a reserved range; return errno or 0, and whether the range has changed.
+def _map_over(address: int, n_bytes: int, fd: int, offset: int) -> int:
+    """Map file pages over a reserved range; return errno or 0.
 
     A new mapping does not inherit MADV_DONTFORK from what it replaces: without it a forked child could write into
     the pages, and the range would no longer merge with the reservation around it.
     """
-    if libc.mmap(address, n_bytes, protection, flags | MAP_FIXED, fd, offset) == MAP_FAILED:
-        return ctypes.get_errno(), False
-    return (ctypes.get_errno(), True) if libc.madvise(address, n_bytes, MADV_DONTFORK) else (0, True)
+    if libc.mmap(address, n_bytes, PROT_READ_WRITE, MAP_SHARED | MAP_FIXED, fd, offset) == MAP_FAILED:
+        return ctypes.get_errno()
+    return ctypes.get_errno() if libc.madvise(address, n_bytes, MADV_DONTFORK) else 0
+
+
+def _map_nothing_over(address: int, n_bytes: int) -> int:
+    """Turn a range back into reservation; return errno or 0.
+
+    Without the advice an empty range is merely not merged with its surroundings: a child inherits nothing to touch.
+    """
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED
+    if libc.mmap(address, n_bytes, PROT_NONE, flags, -1, 0) == MAP_FAILED:
+        return ctypes.get_errno()
+    libc.madvise(address, n_bytes, MADV_DONTFORK)
+    return 0
 
 
 def _fallocate_runs(fd: int, mode: int, offsets: Sequence[int], page_bytes: int) -> tuple[int, int]:

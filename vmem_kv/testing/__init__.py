@@ -18,6 +18,7 @@ from vmem_kv.testing.faults import (
     fail_from,
     fail_kind,
     fail_once,
+    interruption,
     natural_error,
     no_faults,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "fail_from",
     "fail_kind",
     "fail_once",
+    "interruption",
     "natural_error",
     "no_faults",
 ]

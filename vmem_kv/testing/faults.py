@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.driver.ledger import Ledger
 from vmem_kv.errors import DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, VmemError
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Point(NamedTuple):
     n_of_kind: int  # counts the points of this operation, from 1
 
 
-MakeError = Callable[[Point], VmemError]
-Plan = Callable[[Point], VmemError | None]
+MakeError = Callable[[Point], BaseException]
+Plan = Callable[[Point], BaseException | None]
 """What goes wrong at a point; None for nothing."""
 
 
@@ -48,18 +49,23 @@ def driver_error(code: int = errno.EIO) -> MakeError:
     )
 
 
-def natural_error(point: Point) -> VmemError:
+def natural_error(point: Point) -> BaseException:
     """What running out of something looks like in this operation, else a DriverError."""
     if point.operation == "reserve":
         return OutOfAddressSpace(f"injected at point {point.n}")
     if point.operation == "create":
         return OutOfPages(f"injected at point {point.n}")
-    if point.operation == "map":
+    if point.operation in ("map", "set_access"):
         return OutOfMappings(f"injected at point {point.n}")
     return driver_error()(point)
 
 
-def no_faults(point: Point) -> VmemError | None:
+def interruption(point: Point) -> BaseException:
+    """The user's Ctrl-C. It carries `n_done` for `CheckedDriver` only; the allocator must not look at it."""
+    return KeyboardInterrupt(f"injected at point {point.n}")
+
+
+def no_faults(point: Point) -> BaseException | None:
     """Let everything pass."""
     return None
 
@@ -105,6 +111,15 @@ class FaultyDriver(Driver):
         """The points that failed."""
         self._n_of_kind: Counter[str] = Counter()
         self._lock = threading.Lock()
+
+    @property
+    def ledger(self) -> Ledger:  # type: ignore[override]
+        """The inner driver's ledger."""
+        return self.inner.ledger
+
+    def available_bytes(self) -> int:
+        """See `Driver.available_bytes`; never fails."""
+        return self.inner.available_bytes()
 
     @property
     def n_points(self) -> int:
@@ -207,7 +222,7 @@ class FaultyDriver(Driver):
         if error is not None:
             with self._lock:
                 self.faults.append(point)
-            error.n_done = n_done
+            error.n_done = n_done  # type: ignore[attr-defined]
             raise error
 
 
