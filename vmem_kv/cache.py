@@ -3,8 +3,8 @@
     acquire ─▶ ensure ─▶ ensure ─▶ ... ─▶ retire ─▶ (warm) ─▶ acquire again, or reclaim under pressure
 
 Guarantees
-  * After any exception the cache is as before the call: plan, take, map and commit come in this order, everything
-    is undone on failure, and bookkeeping comes last and cannot fail. `check` holds afterwards.
+  * After any exception, KeyboardInterrupt included, sequences are as before the call: plan, take, map and commit come
+    in this order, everything is undone on failure, and bookkeeping comes last and cannot fail. `check` holds then.
   * Running out of pages or mappings first reclaims warm slots (of every cache on the pool), then raises.
   * The lock is the pool's; it is never held across a driver call, a fence or the caller's code. A slot under a
     driver call is *busy*: another thread that needs it waits, others pass.
@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from vmem_kv.driver.base import PASSED, Fence, Handle
-from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddressSpace, UsageError
+from vmem_kv.driver.base import PASSED, Fence
+from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError
 from vmem_kv.growth import GrowthPlan, SlotId, plan_growth
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
@@ -58,7 +58,7 @@ class KVCache:
         self._slots = SlotTable(layout.n_slots)
         self._slides: list[tuple[SlotId, int, Fence]] = []
         self._closed = False
-        pool.join(self)
+        pool.join(self, self.region)
 
     def acquire(self, *, expected_tokens: int | None = None, domain: str = "") -> SlotId:
         """Return a slot for a new sequence: the best fitting warm one, else a cold one. Maps nothing.
@@ -69,7 +69,9 @@ class KVCache:
 
         Raises:
             OutOfSlots: Every slot belongs to a sequence (or still waits for a fence). Nothing changed.
-            DriverError: Scrubbing failed. Nothing changed.
+            DriverError: Scrubbing or unmapping a warm slot failed. No slot was handed out; some of the chosen ones may
+                have been scrubbed or unmapped, which nobody can tell from outside.
+            UsageError: The cache is closed. Nothing changed.
         """
         return self.acquire_adjacent(1, expected_tokens=expected_tokens, domain=domain)[0]
 
@@ -83,6 +85,7 @@ class KVCache:
         self._poll()
         slots = self._slots
         with self.pool.lock:
+            self._require_open()  # again: another thread may close it meanwhile
             expected = self.layout.max_tokens if expected_tokens is None else expected_tokens
             chosen = slots.choose(n_slots, expected)
             slots.busy.update(chosen)
@@ -109,10 +112,13 @@ class KVCache:
             OutOfMappings: Likewise, for mappings.
             OutOfAddressSpace: A length exceeds the slot. Nothing changed.
             DriverError: A driver call failed and was undone. Nothing changed.
-            UsageError: A slot is not active, or a length is negative or lies before what `slide` gave up.
+            UsageError: A slot is not active, or a length is negative or lies before what `slide` gave up, or the cache
+                is closed. Nothing changed.
         """
         self.pool.require_owner()
         with self.pool.lock:
+            if self._closed:
+                self._require_open()
             slots = self._slots
             try:
                 short = {s: n for s, n in lengths.items() if n > slots.capacity[s]}
@@ -124,9 +130,7 @@ class KVCache:
             if not short:
                 slots.n_tokens.update(lengths)
                 return
-        self._grow(short)
-        with self.pool.lock:
-            slots.n_tokens.update(lengths)
+        self._grow(short, lengths)
 
     def premap(self, lengths: Mapping[SlotId, int]) -> int:
         """Map ahead of need: like `ensure`, but lengths stay, nobody's warm slot is reclaimed, and slots that were
@@ -143,7 +147,7 @@ class KVCache:
         with self.pool.lock:
             capacity, limit = self._slots.capacity, self.layout.max_tokens
             short = {s: min(n, limit) for s, n in lengths.items() if s in capacity and capacity[s] < min(n, limit)}
-        return self._grow(short, ahead=True) if short else 0
+        return self._grow(short, {}, ahead=True) if short else 0
 
     def slide(self, slot_id: SlotId, first_token: int, fence: Fence = PASSED) -> None:
         """Give up the tokens before `first_token`: once `fence` has passed, the pages wholly before it are unmapped.
@@ -210,9 +214,9 @@ class KVCache:
         """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
         return sum(self.region.n_pages(s) for s in self._slots.warm if s not in self._slots.busy)
 
-    def mapped_handles(self) -> list[Handle]:
-        """Every page mapped in this region, whatever its slot's state. The caller holds the pool's lock."""
-        return [handle for planes in self.region.handles().values() for handles in planes for handle in handles]
+    def is_busy(self) -> bool:
+        """Whether a driver call of this cache is under way. The caller holds the pool's lock."""
+        return bool(self._slots.busy)
 
     def n_tokens(self, slot_id: SlotId) -> int:
         """Tokens in a sequence.
@@ -274,6 +278,8 @@ class KVCache:
             self.pool.check()
             self.region.check()
             slots = self._slots
+            if slots.n_tokens.keys() != slots.capacity.keys():
+                raise InvariantError(f"lengths of {set(slots.n_tokens)}, capacities of {set(slots.capacity)}")
             for index, state in enumerate(slots.state):
                 slot_id = SlotId(index)
                 n_pages = self.region.n_pages(slot_id)
@@ -304,65 +310,79 @@ class KVCache:
         self.pool.require_owner()
         self._poll()
         with self.pool.lock:
+            if self._closed:
+                return
             slots = self._slots
             if slots.capacity or slots.retired or slots.busy or self._slides:
                 raise UsageError(
                     f"{len(slots.capacity)} sequences are active and {len(slots.retired)} wait for a fence; "
                     "retire them before closing"
                 )
-            warm = list(slots.warm)
-            slots.busy.update(warm)
+            everything = list(self.region.mapped)
+            slots.busy.update(everything)
+            self._closed = True  # from here on nobody gets in
         try:
             self.region.close()
+        except BaseException:
+            self._closed = False
+            raise
+        else:
+            self.pool.leave(self, self.region)
         finally:
             with self.pool.lock:
-                for slot_id in warm:
+                for slot_id in list(slots.warm):
                     slots.cool(slot_id)
                 slots.break_(self.region.broken)
-            self._unbusy(warm)
-        self._closed = True
+            self._unbusy(everything)
 
-    def _grow(self, short: Mapping[SlotId, int], *, ahead: bool = False) -> int:
-        """Map what `short` lacks, as one plan: all of it or nothing. Returns the pages mapped."""
+    def _grow(self, short: Mapping[SlotId, int], lengths: Mapping[SlotId, int], *, ahead: bool = False) -> int:
+        """Map what `short` lacks, all of it or nothing, then commit `lengths`; return how many pages were mapped."""
         self._require_open()
         if not ahead:
             self._poll()  # what our own windows gave up may be what we need
-        with self._exclusive(short):
+        with self._exclusive({**short, **lengths}):
             with self.pool.lock:
+                self._require_open()
                 if ahead:  # nobody waits for us: what was retired or broke meanwhile is passed over
                     usable = self._slots.capacity.keys() - self.region.broken
                     short = {slot_id: n_tokens for slot_id, n_tokens in short.items() if slot_id in usable}
-                self._slots.require_active(short)
+                self._slots.require_active({**short, **lengths})
                 self._require_whole(short)
                 plan = plan_growth(self.layout, self.region.reservation.base, self.region.mapped, short)
             if plan.runs:
                 self._map(plan, may_reclaim=not ahead)
-            with self.pool.lock:
-                for slot_id in short:
-                    if slot_id in self._slots.capacity:  # else it was retired while we mapped ahead for it
-                        self._slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+            with self.pool.lock:  # slots that were retired meanwhile have neither a capacity nor a length
+                for slot_id in short.keys() & self._slots.capacity.keys():
+                    self._slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+                for slot_id in lengths.keys() & self._slots.capacity.keys():
+                    self._slots.n_tokens[slot_id] = lengths[slot_id]
         return plan.n_pages
 
     def _map(self, plan: GrowthPlan, *, may_reclaim: bool) -> None:
         """Take pages and map them; on a shortage reclaim warm slots and try again, as long as that gives pages."""
         while True:
             try:
-                handles, n_used = self.pool.take(plan.places)
-                self.region.map(plan, handles, n_used)
+                self.region.map(plan)
                 return
-            except CapacityError:
-                if not may_reclaim or not self.pool.make_room(plan.n_pages, first=self):
+            except CapacityError as error:
+                slots = {run.slot_id for run in plan.runs}
+                if not may_reclaim or slots & self.region.broken:  # broken by undoing just now
+                    raise
+                # Mappings come free with pages, nobody knows how many: as many pages as the plan has will do.
+                n_short = plan.n_pages - self.pool.n_available if isinstance(error, OutOfPages) else plan.n_pages
+                if not self.pool.make_room(max(1, n_short), first=self):
                     raise
 
     def _poll(self) -> int:
         """Move on whatever waited for a fence that has passed meanwhile; return how many pages that gave back."""
+        n_freed = self._mend() if self.region.may_mend else 0
         with self.pool.lock:
             if not self._slots.retired and not self._slides:
-                return 0
+                return n_freed
             retired = list(self._slots.retired.items())
             slides = list(self._slides)
         passed = [(slot_id, fence) for slot_id, fence in retired if fence.passed()]
-        n_freed = sum(self._finish_slide(slide) for slide in slides if slide[2].passed())
+        n_freed += sum(self._finish_slide(slide) for slide in slides if slide[2].passed())
         with self.pool.lock:
             waiting = {slot_id for slot_id, _, _ in self._slides}
             for slot_id, fence in passed:
@@ -379,6 +399,20 @@ class KVCache:
         finally:
             self._unbusy(unusable)
         return n_freed
+
+    def _mend(self) -> int:
+        """Try again to unmap what was refused for a reason that passes; return how many pages went back."""
+        with self.pool.lock:
+            mending = self.region.may_mend - self._slots.busy
+            self._slots.busy |= mending
+        try:
+            return self.region.retry(lambda stuck: stuck.may_pass and stuck.slot_id in mending)
+        except CapacityError:
+            return 0  # still refused, and stuck as before
+        finally:
+            with self.pool.lock:
+                self._slots.mend(mending - self.region.broken)
+            self._unbusy(mending)
 
     def _finish_slide(self, slide: tuple[SlotId, int, Fence]) -> int:
         """Unmap the pages in front of a window whose fence has passed; return how many.

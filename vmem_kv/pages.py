@@ -3,10 +3,14 @@
     n_free + n_in_flight + n_mapped + n_quarantined == n_owned <= max_pages
 
 A page is *in flight* between `take` and the moment it is mapped (or unmapped and given back). A page whose unmap
-or release failed is *quarantined*: counted, never reused.
+or release failed is *quarantined*: counted, never reused, unless its unmap succeeds later.
 
 Guarantees: after an exception nothing has changed, but for pages that had to be quarantined. The pool carries the
 one lock of all caches on it, and holds it for bookkeeping only, never across a driver call.
+
+Two limits are not the pool's alone and are charged to the driver's ledger: mappings, and memory. A pool is refused at
+the start if its budget exceeds what is available then; budgets of several pools may add up to more than that, and
+whoever would pass `BUDGET_SHARE` of what the pool found (with what all pools owned already) gets OutOfPages.
 
 Assumptions: nobody else creates pages of this size on this driver.
 """
@@ -36,8 +40,18 @@ class Reclaimer(Protocol):
     def n_warm_pages(self) -> int:
         """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
 
+    def is_busy(self) -> bool:
+        """Whether a driver call of this member is under way. The caller holds the pool's lock."""
+
+
+class MappedPages(Protocol):
+    """A region on the pool. It outlives a cache that was dropped without closing it, as its mappings do."""
+
     def mapped_handles(self) -> list[Handle]:
-        """Every page mapped by this member. The caller holds the pool's lock."""
+        """Every page mapped here. The caller holds the pool's lock."""
+
+    def n_mappings(self) -> int:
+        """What these pages cost of the driver's mappings. The caller holds the pool's lock."""
 
 
 class PagePool:
@@ -61,6 +75,8 @@ class PagePool:
             raise ConfigError(f"page_bytes is {page_bytes}; it must be a multiple of {granularity}")
         self.driver = driver
         self.page_bytes = page_bytes
+        self._available_bytes = driver.available_bytes()
+        self._limit_bytes = int((self._available_bytes + driver.ledger.n_bytes) * BUDGET_SHARE)
         self.max_pages = self._checked_budget(max_pages)
         self.lock = threading.Condition(threading.Lock())
         self.n_owned = 0
@@ -72,6 +88,8 @@ class PagePool:
         self._quarantined: list[Handle] = []
         self._keep_freed = driver.info.keeps_pay if keep_freed is None else keep_freed
         self._members: weakref.WeakSet[Reclaimer] = weakref.WeakSet()
+        self._regions: list[MappedPages] = []
+        self._n_trims = 0  # under way just now
         self._pid = os.getpid()
 
     @property
@@ -89,9 +107,17 @@ class PagePool:
         """Pages that `take` could hand out now."""
         return self.n_free + self.max_pages - self.n_owned
 
-    def join(self, member: Reclaimer) -> None:
-        """Make a cache's warm pages reachable for the others on this pool."""
-        self._members.add(member)
+    def join(self, member: Reclaimer, region: MappedPages) -> None:
+        """Make a cache's warm pages reachable for the others on this pool, and its mapped ones for `check`."""
+        with self.lock:
+            self._members.add(member)
+            self._regions.append(region)
+
+    def leave(self, member: Reclaimer, region: MappedPages) -> None:
+        """Forget a cache that was closed."""
+        with self.lock:
+            self._members.discard(member)
+            self._regions.remove(region)
 
     def require_owner(self) -> None:
         """Raise UsageError in a forked child, before it touches a lock that nobody there will ever release."""
@@ -99,9 +125,10 @@ class PagePool:
             raise UsageError(f"this cache belongs to process {self._pid}; a forked child must open its own")
 
     def take(self, places: Sequence[int]) -> tuple[list[Handle], int]:
-        """Return a handle per place, free ones first, and how many of them (the first ones) are used pages.
+        """Return a handle per place, free ones first, and how many of them (the first ones) hold old bytes.
 
-        Used pages still hold their old bytes: scrub them before anybody may read them.
+        Old bytes are a former owner's, or the system's where the driver does not zero new pages: scrub them before
+        anybody may read them.
 
         Raises:
             OutOfPages: The budget or the device's memory is spent. Nothing changed.
@@ -115,6 +142,12 @@ class PagePool:
                     f"{n_pages} pages of {format_bytes(self.page_bytes)} are needed, {self.n_available} of "
                     f"{self.max_pages} are available; retire sequences, shorten them or raise the budget (max_bytes)"
                 )
+            if not self.driver.ledger.charge_bytes(n_new * self.page_bytes, self._limit_bytes):
+                raise OutOfPages(
+                    f"{format_bytes(n_new * self.page_bytes)} more would pass {format_bytes(self._limit_bytes)}, "
+                    f"{BUDGET_SHARE:.0%} of this machine's memory, of which all pools own "
+                    f"{format_bytes(self.driver.ledger.n_bytes)}; retire sequences or close other caches"
+                )
             n_used = n_pages - n_new
             handles = self._free[len(self._free) - n_used :]
             del self._free[len(self._free) - n_used :]
@@ -124,9 +157,9 @@ class PagePool:
             created: list[Handle] = []
             try:
                 self.driver.create(self.page_bytes, places[n_used:], created)
-            except VmemError:
+            except BaseException:
                 with self.lock:
-                    self.n_owned -= n_new - len(created)
+                    self._disown(n_new - len(created))
                     self.n_in_flight -= n_pages - len(created)
                     self._free += handles
                     self.lock.notify_all()
@@ -135,7 +168,7 @@ class PagePool:
             handles += created
             with self.lock:
                 self.n_peak_owned = max(self.n_peak_owned, self.n_owned)
-        return handles, n_used
+        return handles, n_used if self.driver.info.zeroes_new_pages else n_pages
 
     def give(self, handles: Sequence[Handle]) -> None:
         """Take back pages that are mapped nowhere; keep them for reuse, or release them where keeping is not worth it.
@@ -155,23 +188,34 @@ class PagePool:
         """Release up to `n_pages` free handles (all of them by default) to the driver; return how many.
 
         Raises:
+            UsageError: `n_pages` is negative. Nothing changed.
             DriverError: A release failed; those pages are quarantined, the others are released.
         """
         self.require_owner()
+        if n_pages is not None and n_pages < 0:
+            raise UsageError(f"trim of {n_pages} pages; ask for none or more")
         with self.lock:
+            self._n_trims += 1
             n_trimmed = self.n_free if n_pages is None else min(n_pages, self.n_free)
             handles = self._free[:n_trimmed]
             del self._free[:n_trimmed]
             self.n_in_flight += n_trimmed
-        self._release(handles, raise_error=True)
+        try:
+            self._release(handles, raise_error=True)
+        finally:
+            with self.lock:
+                self._n_trims -= 1
         return n_trimmed
 
     def resize(self, max_pages: int) -> None:
         """Change the budget while running: trim and reclaim warm slots where the new one is below what is owned.
 
         Raises:
-            OutOfPages: Live pages alone exceed the new budget. Nothing changed.
-            DriverError: Giving pages back failed; the budget is unchanged.
+            ConfigError: The new budget is below one page, or exceeds what was available when the pool was opened.
+                Nothing changed.
+            OutOfPages: Live pages alone exceed the new budget: nothing changed. Or other threads took pages
+                meanwhile: the budget is unchanged, warm slots went cold and free pages were released.
+            DriverError: Giving pages back failed; the budget is unchanged, and some warm slots went cold.
         """
         self.require_owner()
         self._checked_budget(max_pages)
@@ -215,17 +259,11 @@ class PagePool:
             self.n_in_flight -= len(lost)
             self._quarantined += lost
 
-    def readmit(self, handles: Sequence[Handle]) -> None:
-        """Take pages out of quarantine that could be unmapped after all.
-
-        Raises:
-            DriverError: A release failed; see `give`.
-        """
-        with self.lock:
-            for handle in handles:
-                self._quarantined.remove(handle)
-            self.n_in_flight += len(handles)
-        self.give(handles)
+    def unquarantine(self, handles: Iterable[Handle]) -> None:
+        """Take pages whose unmap is tried again out of quarantine: they are in flight. The caller holds the lock."""
+        for handle in handles:
+            self._quarantined.remove(handle)
+            self.n_in_flight += 1
 
     def charge_mappings(self, n_mappings: int) -> None:
         """Count mappings before they are made.
@@ -234,18 +272,23 @@ class PagePool:
             OutOfMappings: The driver's limit would be passed. Nothing changed.
         """
         with self.lock:
-            limit = self.driver.info.max_mappings
-            if self.n_mappings + n_mappings > limit:
+            limit, ledger = self.driver.info.max_mappings, self.driver.ledger
+            if not ledger.charge_mappings(n_mappings, limit):
                 raise OutOfMappings(
-                    f"{n_mappings} more mappings are needed, {self.n_mappings} of {limit} are used; "
-                    "use larger pages, a layout with fewer planes, or raise vm.max_map_count"
+                    f"{n_mappings} more mappings are needed, {ledger.n_mappings} of {limit} are used; use larger "
+                    "pages, a layout with fewer planes, or raise vm.max_map_count"
                 )
             self.n_mappings += n_mappings
 
     def refund_mappings(self, n_mappings: int) -> None:
         """Count mappings that are gone, or were charged and not made."""
         with self.lock:
-            self.n_mappings -= n_mappings
+            self.forget_mappings(n_mappings)
+
+    def forget_mappings(self, n_mappings: int) -> None:
+        """`refund_mappings` for a caller that holds the lock."""
+        self.n_mappings -= n_mappings
+        self.driver.ledger.refund_mappings(n_mappings)
 
     def check(self) -> None:
         """Verify the equation of this file's first lines. The caller holds the lock.
@@ -257,32 +300,54 @@ class PagePool:
         counts = (self.n_free, self.n_in_flight, self.n_mapped, self.n_quarantined, self.n_mappings)
         if n_known != self.n_owned or self.n_owned > self.max_pages or min(counts) < 0:
             raise InvariantError(f"the pool's books do not add up: {self._dump()}")
-        mapped = [handle for member in list(self._members) for handle in member.mapped_handles()]
+        mapped = [handle for region in self._regions for handle in region.mapped_handles()]
         if len(mapped) != self.n_mapped:
             raise InvariantError(f"the regions hold {len(mapped)} mapped pages: {self._dump()}")
         if len({*self._free, *self._quarantined, *mapped}) != self.n_free + self.n_quarantined + len(mapped):
             raise InvariantError(f"a page is in two places at once: {self._dump()}")
+        if self._n_trims or any(member.is_busy() for member in list(self._members)):
+            return  # pages and mappings that somebody holds just now
+        if self.n_in_flight:
+            raise InvariantError(f"pages are in flight and nobody holds them: {self._dump()}")
+        n_mappings = sum(region.n_mappings() for region in self._regions)
+        if n_mappings != self.n_mappings:
+            raise InvariantError(f"the regions cost {n_mappings} mappings: {self._dump()}")
 
     def _release(self, handles: Sequence[Handle], *, raise_error: bool = False) -> None:
-        """Release in-flight pages; quarantine those that the driver does not take."""
-        rest, failure = list(handles), None
+        """Release in-flight pages; quarantine those that the driver does not take.
+
+        After an interruption, which does not say how far the driver came, the rest goes one by one, and a driver that
+        answers that a page is gone is believed; after a second one the rest is quarantined.
+        """
+        failure: BaseException | None = None
+        rest, was_interrupted = list(handles), False
         while rest:
+            batch = rest[:1] if was_interrupted else rest
+            n_done, n_lost = len(batch), 0
             try:
-                self.driver.release(self.page_bytes, rest)
-                n_done = len(rest)
+                self.driver.release(self.page_bytes, batch)
             except VmemError as error:
-                failure, n_done = error, error.n_done
-                self.quarantine(rest[n_done : n_done + 1])
+                if not (was_interrupted and isinstance(error, UsageError)):
+                    failure, n_done, n_lost = failure or error, error.n_done, 1
+            except BaseException as error:
+                n_done, n_lost = 0, len(rest) if was_interrupted else 0
+                failure, was_interrupted = error, True
+            self.quarantine(rest[n_done : n_done + n_lost])
             with self.lock:
-                self.n_owned -= n_done
+                self._disown(n_done)
                 self.n_in_flight -= n_done
                 self.lock.notify_all()
-            rest = rest[n_done + (failure is not None) :] if n_done < len(rest) else []
-        if failure is not None and raise_error:
+            rest = rest[n_done + n_lost :]
+        if failure is not None and (raise_error or was_interrupted):
             raise failure
 
+    def _disown(self, n_pages: int) -> None:
+        """Count pages that the system has again, or never gave. The caller holds the lock."""
+        self.n_owned -= n_pages
+        self.driver.ledger.refund_bytes(n_pages * self.page_bytes)
+
     def _checked_budget(self, max_pages: int | None) -> int:
-        memory_bytes = self.driver.info.memory_bytes
+        memory_bytes = self._available_bytes
         n_affordable = int(memory_bytes * BUDGET_SHARE) // self.page_bytes
         if max_pages is None:
             max_pages = n_affordable

@@ -2,7 +2,7 @@
 
     cold ──acquire──▶ active ──retire──▶ retired ──fence──▶ warm ──acquire──▶ active
       ▲                                                       │
-      └───────────────────────reclaim─────────────────────────┘            broken: never used again
+      └───────────────────────reclaim─────────────────────────┘            broken: not used again
 
 Guarantees: bookkeeping only; no driver call, no waiting. A method that raises changed nothing.
 Assumptions: the caller holds the pool's lock for every call.
@@ -116,10 +116,16 @@ class SlotTable:
         self.state[slot_id] = SlotState.COLD
 
     def break_(self, slot_ids: Iterable[SlotId]) -> None:
-        """Take slots out of use for good, once they have no owner and nothing is mapped under them."""
+        """Take slots out of use until they are mended, once they have no owner and nothing is mapped under them."""
         for slot_id in slot_ids:
             if self.state[slot_id] is SlotState.COLD:
                 self.state[slot_id] = SlotState.BROKEN
+
+    def mend(self, slot_ids: Iterable[SlotId]) -> None:
+        """Take slots back into use whose unmap succeeded after all."""
+        for slot_id in slot_ids:
+            if self.state[slot_id] is SlotState.BROKEN:
+                self.state[slot_id] = SlotState.COLD
 
     def require_active(self, slot_ids: Iterable[SlotId]) -> None:
         """Raise UsageError unless every slot belongs to a sequence."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.driver.host import HostDriver
+from vmem_kv.driver.ledger import Ledger
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import PagePool
@@ -44,7 +45,7 @@ class Bench:
         max_tokens: int = 48,
         page_bytes: int = PAGE,
     ) -> None:
-        self.host = HostDriver(path)
+        self.host = HostDriver(path, ledger=Ledger())
         self.faulty = FaultyDriver(self.host)
         self.driver = CheckedDriver(self.faulty)
         self.pool = PagePool(self.driver, page_bytes, max_pages, keep_freed=keep_freed)
@@ -90,7 +91,7 @@ class Bench:
         self.cache.check()
         stats = self.cache.stats()
         # A stuck page is mapped still; the books call it quarantined.
-        n_stuck = sum(len(handles) for _, handles in self.cache.region._stuck)
+        n_stuck = sum(len(stuck.range[1]) for stuck in self.cache.region._stuck)
         assert stats.n_live_pages + stats.n_warm_pages + stats.n_pending_pages + n_stuck == len(self.mapped_addresses())
         assert stats.n_owned_pages == self.driver.n_live_handles
         assert self.host.physical_bytes() == stats.owned_bytes

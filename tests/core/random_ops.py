@@ -262,7 +262,9 @@ class Run(Bench):
     def _end(self, fresh: Iterable[tuple[int, int, int]] = ()) -> None:
         """Compare everything with the model; `fresh` pages must be zero, and are tagged."""
         self.faulty.plan = no_faults
-        stuck = {a for (start, n), _ in self.cache.region._stuck for a in range(start, start + n, PAGE)}
+        stuck = {
+            page for stuck in self.cache.region._stuck for page in range(stuck.range[0][0], sum(stuck.range[0]), PAGE)
+        }
         mapped = {self._page_at(address) for address in self.driver._mapped if address not in stuck}
         stats = self.cache.stats()
         if self.faulty.faults:

@@ -404,7 +404,7 @@ def test_after_a_failed_close_broken_slots_are_not_handed_out() -> None:
 def test_a_slot_whose_undo_failed_says_so_and_can_be_retired() -> None:
     bench = Bench()
     slot_id = bench.grown(5)
-    plan = fail_kind("set_access", None)
+    plan = fail_kind("set_access", None, driver_error())
     with (
         bench.faulty.failing(lambda point: plan(point) or fail_kind("unmap", 1)(point)),
         pytest.raises(DriverError, match="set_access"),

@@ -30,6 +30,7 @@ from vmem_kv.testing import (
     fail_any,
     fail_from,
     fail_once,
+    interruption,
     natural_error,
     no_faults,
 )
@@ -45,7 +46,7 @@ def next_after(n: int, operation: str) -> Plan:
     """Fail the first point of `operation` behind point `n`."""
     hit: list[int] = []
 
-    def plan(point: Point) -> VmemError | None:
+    def plan(point: Point) -> BaseException | None:
         if point.n > n and point.operation == operation and not hit:
             hit.append(point.n)
             return driver_error()(point)
@@ -58,6 +59,8 @@ PLANS: dict[str, Callable[[int], Plan]] = {
     "once": lambda n: fail_once(n, natural_error),
     "once with a driver error": lambda n: fail_once(n, driver_error()),
     "from then on": lambda n: fail_from(n, driver_error()),
+    "interrupted": lambda n: fail_once(n, interruption),
+    "interrupted, and the next unmap": lambda n: fail_any(fail_once(n, interruption), next_after(n, "unmap")),
     "and the next unmap": lambda n: fail_any(fail_once(n, driver_error()), next_after(n, "unmap")),
     "and the next release": lambda n: fail_any(fail_once(n, driver_error()), next_after(n, "release")),
 }
@@ -180,7 +183,7 @@ class Life(Bench):
         """Call; after a failure look at everything, stop the faults and call again."""
         try:
             return call()
-        except (CapacityError, DriverError):
+        except (CapacityError, DriverError, KeyboardInterrupt):
             self.n_failed_calls += 1
             self.look()
             self.faulty.plan = no_faults
@@ -196,7 +199,7 @@ class Life(Bench):
         n_faults = len(self.faulty.faults)
         try:
             return call()
-        except VmemError:
+        except (VmemError, KeyboardInterrupt):
             after = books(self.cache)
             assert active_part(self.cache) == active_before
             gave_back = {"unmap", "release"} & {point.operation for point in self.faulty.faults[n_faults:]}
@@ -285,7 +288,7 @@ def test_any_driver_call_may_fail_at_any_time(
 
 
 def loses_the_undo_of_a_map(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("vmem_kv.region._chunks_of_plan", lambda plan, handles, n_mapped: [])
+    patch.setattr("vmem_kv.region._ranges_of_plan", lambda plan, handles, n_mapped: [])
 
 
 def forgets_a_page_of_a_failed_map(patch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def test_a_failure_prints_a_program_that_repeats_it(monkeypatch: pytest.MonkeyPa
 
 
 def shows_stale_pages(patch: pytest.MonkeyPatch) -> None:
-    original = Region.map
-    patch.setattr(Region, "map", lambda region, plan, handles, n_used: original(region, plan, handles, 0))
+    take = PagePool.take
+    patch.setattr(PagePool, "take", lambda pool, places: (take(pool, places)[0], 0))
 
 
 def shows_stale_warm_slots(patch: pytest.MonkeyPatch) -> None:

@@ -139,8 +139,8 @@ class ReferenceModel:
         while need > available:
             if not left:
                 return False, victims
-            n_freed = 0
-            while left and n_freed < need:
+            n_freed, n_short = 0, need - available
+            while left and n_freed < n_short:
                 victims.append(left.pop(0))
                 n_freed += self._n_pages(victims[-1])
             available += n_freed
