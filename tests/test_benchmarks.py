@@ -20,6 +20,9 @@ from benchmarks.systems import ATTENTIONS, CACHES, TINY, Bench
 
 TINY_RUN = ["--model", TINY, "--contexts", "36", "128", "--batches", "2", "--steps", "4", "--rounds", "2"]
 
+SHORTEST_RUN = ["--model", TINY, "--contexts", "36", "--batches", "1", "--steps", "3", "--rounds", "1"]
+SHORTEST_RUN += ["--prefill-contexts", "--threads", "1"]
+
 
 @pytest.fixture(autouse=True)
 def _same_threads() -> Iterator[None]:
@@ -87,7 +90,7 @@ def test_a_cache_that_changes_the_logits_fails_the_run(tmp_path: Path, monkeypat
     monkeypatch.setattr(Bench, "_step", wrong)
     out = tmp_path / "generate.json"
     with pytest.raises(SystemExit, match="logits to StaticCache"):
-        generate.main([*TINY_RUN, "--dtypes", "float32", "--prefill-contexts", "--threads", "1", "--json", str(out)])
+        generate.main([*SHORTEST_RUN, "--dtypes", "float32", "--attentions", "sdpa", "--json", str(out)])
     verdicts = [t["verdict"] for t in read(out)["targets"] if "logits" in t["what"]]
     assert verdicts == ["pass", "miss"]
 
