@@ -149,27 +149,37 @@ class KVCache:
             short = {s: min(n, limit) for s, n in lengths.items() if s in capacity and capacity[s] < min(n, limit)}
         return self._grow(short, {}, ahead=True) if short else 0
 
-    def slide(self, slot_id: SlotId, first_token: int, fence: Fence = PASSED) -> None:
+    def slide(self, slot_ids: SlotId | Sequence[SlotId], first_token: int, fence: Fence = PASSED) -> None:
         """Give up the tokens before `first_token`: once `fence` has passed, the pages wholly before it are unmapped.
 
-        Addresses stay: token i is where it always was. The slot cannot go back before `first_token`.
+        Addresses stay: token i is where it always was. A slot cannot go back before `first_token`. Where no page
+        comes free this only takes note, so that a windowed model may call it for all of its slots at every step.
 
         Raises:
-            UsageError: The slot is not active, or `first_token` lies behind its length. Nothing changed.
-            DriverError: An unmap failed; its pages are quarantined, and the slot did slide.
+            UsageError: A slot is not active, or `first_token` lies behind its length. Nothing changed.
+            DriverError: An unmap failed; its pages are quarantined, and all slots did slide. OutOfMappings likewise,
+                but that unmap is tried again later.
         """
         self.pool.require_owner()
+        slots, comes_free = self._slots, False
+        wanted = [slot_ids] if isinstance(slot_ids, int) else slot_ids
         with self.pool.lock:
-            self._slots.require_active([slot_id])
-            if not 0 <= first_token <= self._slots.n_tokens[slot_id]:
-                raise UsageError(
-                    f"slide to token {first_token} in a sequence of {self._slots.n_tokens[slot_id]} tokens"
-                )
-            if first_token <= self._slots.first_token.get(slot_id, 0):
-                return
-            self._slots.first_token[slot_id] = first_token
-            self._slides.append((slot_id, first_token, fence))
-        self._poll()
+            slots.require_active(wanted)
+            shortest = min((slots.n_tokens[slot_id] for slot_id in wanted), default=first_token)
+            if not 0 <= first_token <= shortest:
+                raise UsageError(f"slide to token {first_token} in a sequence of {shortest} tokens")
+            kept = self._first_kept_pages(first_token)
+            for slot_id in wanted:
+                if first_token <= slots.first_token.get(slot_id, 0):
+                    continue
+                slots.first_token[slot_id] = first_token
+                if any(
+                    first < min(cut, end) for cut, (first, end) in zip(kept, self.region.mapped[slot_id], strict=True)
+                ):
+                    self._slides.append((slot_id, first_token, fence))
+                    comes_free = True
+        if comes_free:
+            self._poll()
 
     def retire(self, slot_ids: SlotId | Sequence[SlotId], fence: Fence = PASSED) -> None:
         """End sequences. Their pages stay mapped; behind `fence` the slots are warm and can be adopted as they are.
@@ -303,7 +313,8 @@ class KVCache:
 
         Raises:
             UsageError: Sequences are still active or fences have not passed. Nothing changed.
-            DriverError: Some pages could not be unmapped; the rest was. Calling again tries again.
+            DriverError: Some pages could not be unmapped; the rest was. Calling again tries again. A fatal error is
+                not raised: what the device took is forgotten.
         """
         if self._closed:
             return
@@ -390,7 +401,8 @@ class KVCache:
                     n_pages = self.region.n_pages(slot_id)
                     if not n_pages:
                         self.region.reset(slot_id)
-                    self._slots.settle(slot_id, self.region.token_capacity(slot_id) if n_pages else -1)
+                    capacity = self.region.token_capacity(slot_id) if self.region.has_front(slot_id) else 0
+                    self._slots.settle(slot_id, capacity if n_pages else -1)
             self._slots.break_(self.region.broken)
             unusable = [s for s in self.region.broken if s in self._slots.warm and s not in self._slots.busy]
             self._slots.busy.update(unusable)
@@ -421,16 +433,19 @@ class KVCache:
         growing that slot.
         """
         slot_id, first_token, _ = slide
-        page_bytes = self.layout.page_bytes
         with self.pool.lock:
             if slide not in self._slides or slot_id in self._slots.busy:
                 return 0
             self._slides.remove(slide)
             self._slots.busy.add(slot_id)
         try:
-            return self.region.unmap(slot_id, [first_token * p.token_bytes // page_bytes for p in self.layout.planes])
+            return self.region.unmap(slot_id, self._first_kept_pages(first_token))
         finally:
             self._unbusy([slot_id])
+
+    def _first_kept_pages(self, first_token: int) -> list[int]:
+        """Per plane, the page in which a window begins."""
+        return [first_token * plane.token_bytes // self.layout.page_bytes for plane in self.layout.planes]
 
     def _unmap_slot(self, slot_id: SlotId) -> int:
         """Turn a busy warm slot cold. Whatever fails, the books say what is mapped."""

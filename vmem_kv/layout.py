@@ -249,7 +249,9 @@ def choose_layout(
 
     Of the layouts, in the order of read speed on the device, the first is taken whose mappings fit the budget; of
     the page sizes the largest that wastes less than `WASTE_TARGET` at `expected_tokens` (larger pages mean fewer
-    driver calls). Where no layout fits, the last one is taken: the pool raises `OutOfMappings` when it comes to it.
+    driver calls). Read speed goes before waste: where the granularity itself is too coarse for the target, the layout
+    stays and `why` says so. Where no layout fits, the last one is taken: the pool raises `OutOfMappings` when it comes
+    to it.
 
     Raises:
         ConfigError: `page_bytes` is not a multiple of the granularity, `kind` is unknown, or a count is not positive.
@@ -278,6 +280,8 @@ def choose_layout(
         f"{info.max_mappings:,} mappings for {n_slots} sequences of {expected_tokens:,} tokens, "
         f"and last pages waste {waste:.1%} on average."
     )
+    if kind == "auto" and page == granularity and waste > WASTE_TARGET and len(rows) > 1:
+        why += " No smaller page exists here; layouts with fewer planes would waste less, but read slower."
     return Choice(candidate, page, why)
 
 

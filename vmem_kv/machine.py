@@ -86,8 +86,12 @@ def _read_meminfo(path: Path) -> dict[str, int]:
 
 
 def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
-    """Return (limit, used) of the tightest memory cgroup above this process, version 2 or 1."""
+    """Return (limit, used) of the memory cgroup with the least left above this process, version 2 or 1.
+
+    File pages that nobody used lately are not counted as used: the kernel drops them under pressure.
+    """
     tightest: tuple[int | None, int | None] = (None, None)
+    least_left = _UNLIMITED
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -102,9 +106,17 @@ def _read_cgroup(root: Path) -> tuple[int | None, int | None]:
             if not level.is_relative_to(base):
                 break
             limit = _read(level / limit_name).strip()
-            if limit.isdigit() and int(limit) < _UNLIMITED and int(limit) < (tightest[0] or _UNLIMITED):
-                tightest = (int(limit), int(_read(level / used_name).strip() or 0))
+            if not limit.isdigit() or int(limit) >= _UNLIMITED:
+                continue
+            used = max(0, int(_read(level / used_name).strip() or 0) - _idle_file_bytes(level / "memory.stat"))
+            if int(limit) - used < least_left:
+                tightest, least_left = (int(limit), used), int(limit) - used
     return tightest
+
+
+def _idle_file_bytes(path: Path) -> int:
+    fields = dict(line.split(maxsplit=1) for line in _read(path).splitlines() if " " in line)
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
 
 
 def _rlimit(which: int) -> int | None:

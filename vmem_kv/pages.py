@@ -265,6 +265,12 @@ class PagePool:
             self._quarantined.remove(handle)
             self.n_in_flight += 1
 
+    def forget(self, handles: Sequence[Handle]) -> None:
+        """Count quarantined pages as gone: the device is lost, and they with it. The caller holds the lock."""
+        self.unquarantine(handles)
+        self.n_in_flight -= len(handles)
+        self._disown(len(handles))
+
     def charge_mappings(self, n_mappings: int) -> None:
         """Count mappings before they are made.
 

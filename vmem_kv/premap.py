@@ -3,6 +3,10 @@
 Guarantees: started and stopped explicitly; at most one per cache is useful, since the driver serialises. It works
 from a snapshot, never from the caller's data. If it dies, `error` says why, `is_alive` is False, and `ensure` maps
 synchronously as if it had never been there: it is an optimisation and nothing depends on it.
+
+Limit: pages mapped ahead belong to their sequence and are not taken back from it before it retires. In a tight budget
+they can be what another sequence's `ensure` then lacks: at most `premap_tokens` and a page per plane for each sequence.
+Where the budget is that tight, do not map ahead.
 """
 
 from __future__ import annotations
@@ -50,15 +54,20 @@ class Premapper:
         return self._thread is not None and not self._ended
 
     def start(self) -> None:
-        """Start the thread.
+        """Start the thread. Where the system has none left, `error` says so and mapping stays synchronous.
 
         Raises:
             UsageError: It was started before.
         """
-        if self._thread is not None:
+        if self._thread is not None or self._ended:
             raise UsageError("a Premapper starts once; make a new one")
         thread = threading.Thread(target=self._run, name="vmem_kv-premap", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self.error, self._ended = error, True
+            _LOG.warning("premapping did not start, mapping is synchronous: %s", error)
+            return
         self._thread = thread
 
     def request(self, lengths: Mapping[SlotId, int]) -> None:

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from vmem_kv.driver.base import Handle, Span
-from vmem_kv.errors import CapacityError, InvariantError, UsageError, VmemError
+from vmem_kv.errors import CapacityError, DriverError, InvariantError, UsageError, VmemError
 from vmem_kv.growth import GrowthPlan, PageRange, SlotId
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
@@ -66,6 +66,10 @@ class Region:
     def token_capacity(self, slot_id: SlotId) -> int:
         """Tokens, counted from the slot's start, that end inside its mapped pages."""
         return self.layout.token_capacity([end for _, end in self.mapped[slot_id]])
+
+    def has_front(self, slot_id: SlotId) -> bool:
+        """Whether no plane's first pages were given up."""
+        return all(first == 0 for first, _ in self.mapped[slot_id])
 
     def map(self, plan: GrowthPlan) -> None:
         """Take pages for the plan's runs and map them. Those that hold old bytes are scrubbed.
@@ -172,8 +176,20 @@ class Region:
         """Unmap everything and free the reservation. Slots must be idle and behind their fences.
 
         Raises:
-            DriverError: Something could not be unmapped; the rest was. Calling again tries again.
+            DriverError: Something could not be unmapped; the rest was. Calling again tries again. After a fatal error
+                everything here is forgotten instead.
         """
+        try:
+            self._close()
+        except DriverError as error:
+            if not error.is_fatal:
+                raise
+            with self.pool.lock:
+                for stuck in self._stuck:
+                    self.pool.forget(stuck.range[1])
+                self._stuck = []
+
+    def _close(self) -> None:
         failure: VmemError | None = None
         for slot_id in self.mapped:
             try:

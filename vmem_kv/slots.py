@@ -100,14 +100,14 @@ class SlotTable:
             self.retired[slot_id] = fence
 
     def settle(self, slot_id: SlotId, capacity: int) -> None:
-        """Make a retired slot warm, or cold if nothing is mapped under it (capacity -1)."""
+        """Make a retired slot warm (capacity 0 if its front is unmapped), or cold if nothing is mapped (-1)."""
         del self.retired[slot_id]
-        slid = self.first_token.pop(slot_id, 0) > 0
+        self.first_token.pop(slot_id, None)
         if capacity < 0:
             self.cool(slot_id)
         else:
             self.state[slot_id] = SlotState.WARM
-            self.warm[slot_id] = 0 if slid else capacity
+            self.warm[slot_id] = capacity
 
     def cool(self, slot_id: SlotId) -> None:
         """Record that nothing is mapped under an unowned slot any more."""

@@ -139,8 +139,10 @@ class Run(Bench):
             self.model.slide_fence_passed(slot, first_token)
             self._broken_off(lambda: self.cache.slide(SlotId(slot), first_token))
         else:
-            self.fences[fence] = (slot, ManualFence(), first_token)
-            self._broken_off(lambda: self.cache.slide(SlotId(slot), first_token, self.fences[fence][1]))
+            manual = ManualFence()
+            if self.model.before_window(slot, first_token):  # else there is nothing to wait for
+                self.fences[fence] = (slot, manual, first_token)
+            self._broken_off(lambda: self.cache.slide(SlotId(slot), first_token, manual))
         self._end()
 
     def retire(self, slot: int, fence: int | None, fault: tuple[bool, int] | None = None) -> None:

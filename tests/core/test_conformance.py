@@ -99,7 +99,7 @@ class MapsInReverse(HostDriver):
         super().map(page_bytes, addresses, handles if len(handles) < 5 else handles[::-1])
 
 
-class MapsTheFirstGranuleOnly(HostDriver):
+class MapsTheFirstPartOnly(HostDriver):
     def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
         halves = handles if page_bytes == PAGE else [Handle(h) for h in handles[:1] * len(handles)]
         super().map(page_bytes, addresses, halves)
@@ -186,7 +186,7 @@ BROKEN: dict[type[HostDriver], str] = {
     KeepsOldBytes: "create: pages are filled with zeros",
     NamesPagesByPlaceOnly: "create: a page may be mapped anywhere",
     MapsInReverse: "map: one batch may fill several runs",
-    MapsTheFirstGranuleOnly: "create: pages that outlive their reservation",
+    MapsTheFirstPartOnly: "create: pages that outlive their reservation",
     MapsAnAliasToNewMemory: "map: a handle mapped at several addresses",
     LosesBytesOnUnmap: "unmap: a page keeps its bytes",
     UnmapsTooMuch: "unmap: spans of whole pages go",

@@ -6,7 +6,7 @@ Guarantees
     into one kernel mapping, and a slot's plane costs two mappings however many pages it has.
   * Inside a reservation nothing is ever munmapped: PROT_NONE is mapped over it, so no other thread's mmap can
     slip in.
-  * A forked child has none of the ranges and is refused by every call; the parent does not notice.
+  * A forked child has neither the ranges nor the file and is refused by every call; the parent does not notice.
 
 Assumptions: Linux, 64 bit. Addresses lie below 2^47, so that the file's upper half is free for pages that cannot
 have their own address as offset because another page has it (a handle that was moved or shared).
@@ -89,6 +89,7 @@ class HostDriver(Driver):
         self._fd = _open_memfd(machine, huge_pages)
         self._pid = os.getpid()
         self._close_fd = weakref.finalize(self, _close_quietly, self._fd)
+        _open_drivers.add(self)
         self._reservations: set[Reservation] = set()
         self._pages: dict[Handle, int] = {}  # live handles and their sizes
         self._orphans: list[Span] = []  # live pages whose place is no longer reserved, by offset
@@ -117,8 +118,10 @@ class HostDriver(Driver):
 
     def reserve(self, n_bytes: int) -> Reservation:
         self._enter("reserve")
-        # Reserve one granule more than asked and give the unaligned edges back before anybody knows the range.
+        # Reserve one granularity more than asked and give the unaligned edges back before anybody knows the range.
         granularity = self.info.granularity_bytes
+        if n_bytes > self.info.max_reservation_bytes:
+            raise OutOfAddressSpace(f"{n_bytes} bytes of addresses are more than {self.info.max_reservation_bytes}")
         extra = 0 if granularity == mmap.PAGESIZE else granularity
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
         start = libc.mmap(None, n_bytes + extra, PROT_NONE, flags, -1, 0)
@@ -156,8 +159,12 @@ class HostDriver(Driver):
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
         self._enter("create")
         wanted = [Handle(place) for place in places]
-        if self._orphans or not self._pages.keys().isdisjoint(wanted):
-            wanted = [self._elsewhere(page_bytes) if self._is_taken(p, page_bytes) else p for p in wanted]
+        if self._orphans or not self._pages.keys().isdisjoint(wanted) or len(set(wanted)) < len(wanted):
+            seen: set[Handle] = set()
+            for i, place in enumerate(wanted):
+                if place in seen or self._is_taken(place, page_bytes):
+                    wanted[i] = self._elsewhere(page_bytes)
+                seen.add(place)
         code, n_done = self._mapper.create(self._fd, wanted, page_bytes)
         with self._lock:
             self._pages.update(dict.fromkeys(wanted[:n_done], page_bytes))
@@ -228,8 +235,9 @@ class HostDriver(Driver):
 
         Pages of one reservation stand on one grid, so among themselves only equal offsets can meet.
         """
-        behind = bisect.bisect_left(self._orphans, (place + page_bytes,))
-        before = self._orphans[behind - 1] if behind else (0, 0)
+        orphans = self._orphans  # once: another thread may put another list there
+        behind = bisect.bisect_left(orphans, (place + page_bytes,))
+        before = orphans[behind - 1] if behind else (0, 0)
         return place in self._pages or sum(before) > place
 
     def _elsewhere(self, page_bytes: int) -> Handle:
@@ -266,6 +274,18 @@ def _open_memfd(machine: Machine, huge_pages: bool) -> int:
 def _close_quietly(fd: int) -> None:
     with contextlib.suppress(OSError):
         os.close(fd)
+
+
+_open_drivers: weakref.WeakSet[HostDriver] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """A child that kept the file would keep the parent's memory after the parent has gone."""
+    for driver in list(_open_drivers):
+        driver._close_fd()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _raise_from_mapping(operation: str, code: int, n_done: int) -> None:

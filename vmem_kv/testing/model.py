@@ -95,6 +95,14 @@ class ReferenceModel:
             self._capacities[n_mapped_tokens] = max(n for n in longer if self.front(n) == front)
         return self._capacities[n_mapped_tokens]
 
+    def before_window(self, slot: int, first_token: int) -> set[Page]:
+        """The mapped pages wholly before a window; without any, sliding does nothing that a fence must guard."""
+        return {
+            (owner, plane, index)
+            for (owner, plane, index) in self.pages
+            if owner == slot and (index + 1) * self.page_bytes <= first_token * self.row_bytes[plane]
+        }
+
     def missing(self, lengths: dict[int, int]) -> set[Page]:
         """The pages that a growth to `lengths` maps."""
         return {
@@ -114,12 +122,16 @@ class ReferenceModel:
         for slot, state in enumerate(self.slots):
             if state.state == "cold":
                 scores.append((0, 0, slot))
-            elif state.state == "warm" and state.first_token:
+            elif state.state == "warm" and not self.has_front(slot):
                 scores.append((0, 1 << 62, slot))  # must be unmapped first: the last resort
             elif state.state == "warm":
                 capacity = self.capacity(slot)
                 scores.append((-min(capacity, expected_tokens), max(0, capacity - expected_tokens), slot))
         return min(scores)[2] if scores else None
+
+    def has_front(self, slot: int) -> bool:
+        """Whether every page that was ever mapped under the slot's sequence is mapped still."""
+        return self._n_pages(slot) == len(self.front(self.slots[slot].n_mapped_tokens))
 
     @property
     def n_owned(self) -> int:
@@ -165,9 +177,9 @@ class ReferenceModel:
         state = self.slots[slot]
         if state.state not in ("cold", "warm"):
             raise ModelMismatch(f"slot {slot} was handed out while it is {state.state}")
-        if state.first_token:
+        if not self.has_front(slot):
             self._free(slot)
-        state.state, state.n_tokens, state.domain = "active", 0, domain
+        state.state, state.n_tokens, state.domain, state.first_token = "active", 0, domain, 0
 
     def ensured(self, lengths: dict[int, int]) -> None:
         """Sequences have these lengths now, and the pages for them."""
@@ -204,11 +216,7 @@ class ReferenceModel:
 
     def slide_fence_passed(self, slot: int, first_token: int) -> None:
         """The pages wholly before the window were unmapped."""
-        gone = {
-            (owner, plane, index)
-            for (owner, plane, index) in self.pages
-            if owner == slot and (index + 1) * self.page_bytes <= first_token * self.row_bytes[plane]
-        }
+        gone = self.before_window(slot, first_token)
         self.pages -= gone
         self.n_free += len(gone) if self.keep_freed else 0
 
