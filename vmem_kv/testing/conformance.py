@@ -429,7 +429,19 @@ def _close_is_idempotent_and_final(bench: _Bench) -> None:
     """close: may be called twice; nothing else works after it"""
     bench.driver.close()
     bench.driver.close()
-    bench.refuses(lambda: bench.driver.reserve(bench.page), VmemError, "reserve worked on a closed driver")
+    driver, page = bench.driver, bench.page
+    calls: dict[str, Callable[[], object]] = {
+        "reserve": lambda: driver.reserve(page),
+        "free_reservation": lambda: driver.free_reservation(Reservation(page, page)),
+        "create": lambda: driver.create(page, [page], []),
+        "map": lambda: driver.map(page, [page], [Handle(page)]),
+        "set_access": lambda: driver.set_access([(page, page)]),
+        "scrub": lambda: driver.scrub([(page, page)]),
+        "unmap": lambda: driver.unmap([(page, page)]),
+        "release": lambda: driver.release(page, [Handle(page)]),
+    }
+    for name, call in calls.items():
+        bench.refuses(call, VmemError, f"{name} worked on a closed driver")
 
 
 _RULES: tuple[Callable[[_Bench], None], ...] = (
