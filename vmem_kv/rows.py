@@ -311,8 +311,7 @@ class LayerRows:
             DriverError: See `KVCache.slide`.
         """
         if first_token > self.first_token:
-            for slot_id in self._slots:
-                self.cache.slide(slot_id, first_token)
+            self.cache.slide(self._slots, first_token)
             self.first_token = first_token
 
     def select(self, indices: torch.Tensor) -> None:
@@ -439,7 +438,7 @@ def close_rows(rows: Sequence[LayerRows]) -> None:
     Raises:
         UsageError: Views made by `views` are still alive: drop them and close again; or this is a forked child.
             Nothing changed.
-        DriverError: Memory could not be given back; call again to try again.
+        DriverError, OutOfMappings: Memory could not be given back; call again to try again.
     """
     for layer in rows:
         layer.cache.pool.require_owner()

@@ -21,8 +21,9 @@ def _generate(architecture: Architecture, **settings: Any) -> torch.Tensor:
     """Generate without passing a cache: `generate` makes one itself."""
     settings = {"max_new_tokens": 20, "do_sample": False, **settings}
     n_rows = 1 if "assistant_model" in settings else 2
+    model = build_model(architecture.name)  # before the seed: the first to ask for it draws its weights
     torch.manual_seed(0)
-    tokens: torch.Tensor = build_model(architecture.name).generate(random_tokens(n_rows, 11, seed=2), **settings)
+    tokens: torch.Tensor = model.generate(random_tokens(n_rows, 11, seed=2), **settings)
     return tokens
 
 

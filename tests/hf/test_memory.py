@@ -453,10 +453,7 @@ def test_states_on_another_device_are_refused(new_cache: NewCache) -> None:
     _assert_unchanged(cache, before)
 
 
-_CLOSED_WINDOW = pytest.mark.xfail(reason="its windows still claim a length, and generate fails on that first")
-
-
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=_CLOSED_WINDOW)])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_closed_cache_is_refused_by_generate(name: str) -> None:
     model = build_model(name)
     cache = VmemCache(model.config)

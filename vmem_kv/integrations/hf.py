@@ -144,7 +144,7 @@ class VmemLayerMixin(DynamicLayer):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))  # assisted decoding passes a tensor
         if self._rows is not None and self.is_initialized:
             self._rows.truncate(self._rows.first_token + self.keys.shape[-2])
             self._refresh()
@@ -240,9 +240,9 @@ def _repeated(repeats: int) -> Callable[[int], torch.Tensor]:
 
 
 def _selected(indices: Any) -> Callable[[int], torch.Tensor]:
-    # As indexing a tensor reads them: tensors, lists, tuples of one index tensor, masks, negative numbers.
+    # As the stock layer reads them: tensors, lists, tuples, masks, negative numbers.
     where = indices.to("cpu") if isinstance(indices, torch.Tensor) else indices
-    return lambda n_rows: torch.arange(n_rows)[where]
+    return lambda n_rows: torch.arange(n_rows)[where, ...]
 
 
 class VmemLayer(VmemLayerMixin):
@@ -270,11 +270,17 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
         self._refresh()
         return rows.views(visible_from)
 
+    def activate_past_recording(self) -> None:
+        if self._rows is not None and self.is_initialized:
+            # From here on everything kept is shown, so what has left the window must be gone first.
+            self._rows.slide(self._rows.n_tokens - self.keys.shape[-2])
+        super().activate_past_recording()
+
     def get_seq_length(self) -> int:
         return int(self.cumulative_length)
 
     def crop(self, tokens_to_remove: int) -> None:
-        DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
+        DynamicSlidingWindowLayer.crop(self, int(tokens_to_remove))
         rows = self._rows
         if rows is not None and self.is_initialized:
             rows.truncate(self.cumulative_length)
@@ -284,6 +290,10 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
     def roll_back(self, n_tokens: int | None) -> None:
         super().roll_back(n_tokens)
         self.cumulative_length = n_tokens or 0
+
+    def abandon(self) -> None:
+        super().abandon()
+        self.cumulative_length = 0
 
     def _refresh(self) -> None:
         rows = self._rows
@@ -460,7 +470,7 @@ class VmemCache(DynamicCache):
         Raises:
             UsageError: Tensors that look into the cache are still alive, or this is a forked child. Nothing changed:
                 close again without them.
-            DriverError: Memory could not be given back; call again to try again.
+            DriverError, OutOfMappings: Memory could not be given back; call again to try again.
         """
         self._store.require_owner()
         layers = self._our_layers()
@@ -470,7 +480,7 @@ class VmemCache(DynamicCache):
             for layer in layers:
                 layer.look_again()
             raise
-        self._closed = True
+        self._abandon()
 
     def __enter__(self) -> VmemCache:
         return self
@@ -481,10 +491,7 @@ class VmemCache(DynamicCache):
         if error is None:
             self.close()
             return
-        # The traceback's frames may hold views: their memory is freed when they die.
-        for layer in self._our_layers():
-            layer.abandon()
-        self._closed = True
+        self._abandon()  # the traceback's frames may hold views: their memory is freed when they die
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VmemCache:
         self._require_open()
@@ -495,6 +502,11 @@ class VmemCache(DynamicCache):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError("a vmem_kv cache cannot be pickled: its memory is mapped in parts; save clones of its tensors")
+
+    def _abandon(self) -> None:
+        for layer in self._our_layers():
+            layer.abandon()
+        self._closed = True
 
     def _require_open(self) -> None:
         if self._closed:
