@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
@@ -361,6 +362,13 @@ def build_assistant(name: str) -> PreTrainedModel:
             if parameter.ndim >= 2:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise * parameter.std() * 0.03)
+    # Five guesses a round, however unsure: short guesses would never take back more than one token. But with the
+    # oldest releases an assistant cannot make several guesses through a window, whatever the cache.
+    if ARCHITECTURES[name].has_window and Version(transformers.__version__) < Version("5.18"):
+        return model
+    model.generation_config.num_assistant_tokens = 5
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    model.generation_config.assistant_confidence_threshold = 0.0
     return model
 
 
