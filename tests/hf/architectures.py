@@ -341,8 +341,8 @@ def build_model(name: str, dtype: torch.dtype = torch.float32, attention: str | 
     """Return the architecture's model, the same one for the same arguments. `attention=None` is the model's default."""
     if dtype == torch.float32 and attention is None:
         architecture = ARCHITECTURES[name]
-        torch.manual_seed(0)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a test's own seed is not disturbed
+            torch.manual_seed(0)
             model: PreTrainedModel = getattr(transformers, architecture.model_class)(architecture.build_config())
             _scale_matrices(model, architecture.attention_scale)
         return model.eval()

@@ -211,10 +211,6 @@ def test_recording_may_begin_when_the_window_is_full(new_cache: NewCache) -> Non
     pair.update(1, 1)
 
 
-@pytest.mark.parametrize(
-    "window",
-    [None, WINDOW],
-)
 def test_a_number_of_tokens_may_be_a_tensor(new_cache: NewCache, window: int | None) -> None:
     # In assisted decoding it is: the number of candidates less the number of matches.
     pair = Pair(new_cache, window, Shape(), options=CacheConfig(page_bytes=4096, host_path="python"))

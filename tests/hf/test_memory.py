@@ -178,7 +178,7 @@ def test_an_encoder_decoder_pair_goes_back_to_the_system() -> None:
         use()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "falcon_h1"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1"])
 @pytest.mark.parametrize("how", ["closed", "dropped", "reset"])
 def test_generating_over_and_over_does_not_grow(name: str, how: str) -> None:
     model = build_model(name)
@@ -186,12 +186,12 @@ def test_generating_over_and_over_does_not_grow(name: str, how: str) -> None:
     held, owned = [], []
     for _ in range(20):
         if how == "reset":
-            _generate(model, kept)
+            _generate(model, kept, n_new=24)
             owned.append(kept.stats().owned_bytes)
             kept.reset()
         else:
             cache = VmemCache(model.config)
-            _generate(model, cache)
+            _generate(model, cache, n_new=24)
             owned.append(cache.stats().owned_bytes)
             if how == "closed":
                 cache.close()
