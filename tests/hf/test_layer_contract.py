@@ -529,6 +529,80 @@ def test_iterating_over_the_cache_yields_what_the_stock_cache_yields(new_cache: 
     assert len(pair.ours) == len(pair.stock)
 
 
+class _StatePair(Pair):
+    """A pair whose layer has recurrent state beside its attention, windowed or not."""
+
+    def __init__(self, new_cache: NewCache, window: int | None) -> None:
+        super().__init__(new_cache, window, Shape())
+        config = LlamaConfig(
+            num_hidden_layers=1,
+            hidden_size=32,
+            num_attention_heads=2,
+            sliding_window=window or WINDOW,
+            layer_types=["hybrid" if window is None else "hybrid_sliding"],
+        )
+        self.stock, self.ours = DynamicCache(config=config), new_cache(config)
+
+    def update_state(self, n_rows: int, n_tokens: int, with_recurrence: bool = True) -> None:
+        """Do what a layer's recurrent half does in a pass, which comes before or after the attention."""
+        generator = torch.Generator().manual_seed(self._seed)
+        convolved = torch.randn(n_rows, 6, n_tokens, generator=generator)
+        recurrent = torch.randn(n_rows, 3, 5, generator=generator)
+        for cache in (self.stock, self.ours):
+            cache.update_conv_state(convolved.clone(), 0, conv_kernel_size=4)
+            if with_recurrence:
+                cache.update_recurrent_state(recurrent.clone(), 0)
+
+    def compare(self) -> None:
+        super().compare()
+        stock, ours = self.stock.layers[0], self.ours.layers[0]
+        for name in ("conv_states", "recurrent_states"):
+            for expected, actual in zip(getattr(stock, name).values(), getattr(ours, name).values(), strict=True):
+                assert (actual is None) == (expected is None), name
+                assert actual is None or torch.equal(actual, expected), name
+        assert ours.has_previous_state == stock.has_previous_state
+        assert self.ours.is_croppable == self.stock.is_croppable
+        assert self.ours.is_compileable == self.stock.is_compileable
+        assert self.ours.is_linear == self.stock.is_linear
+
+
+@pytest.mark.parametrize("is_state_first", [True, False])
+def test_state_beside_attention_stays_as_in_the_stock_layer(
+    new_cache: NewCache, window: int | None, is_state_first: bool
+) -> None:
+    pair = _StatePair(new_cache, window)
+    for n_tokens in (11, 1, 1, 5, 1):
+        if is_state_first:
+            pair.update_state(3, n_tokens)
+        pair.update(3, n_tokens)
+        if not is_state_first:
+            pair.update_state(3, n_tokens)
+        pair.apply("reorder_cache", torch.tensor([2, 0, 0]))
+    pair.stock, pair.ours = copy.deepcopy(pair.stock), copy.deepcopy(pair.ours)
+    pair.compare()
+    pair.update(3, 1)
+    pair.update_state(3, 1)
+    pair.compare()
+    for cache in (pair.stock, pair.ours):  # not recorded: neither half of the layer can be taken back
+        with pytest.raises(RuntimeError, match="activate_past_recording"):
+            cache.crop(-1)
+    pair.compare()
+    pair.ours.reset()
+    assert pair.ours.get_seq_length() == 0
+    assert not pair.ours.has_previous_state(0)
+    pair.ours.close()
+
+
+def test_convolutions_beside_attention_are_cropped_with_it(new_cache: NewCache, window: int | None) -> None:
+    pair = _StatePair(new_cache, window)
+    pair.apply("activate_past_recording")
+    for n_tokens, n_removed in ((20, 0), (6, 4), (1, 0), (5, 5), (1, 1), (9, 2)):
+        pair.update_state(2, n_tokens, with_recurrence=False)
+        pair.update(2, n_tokens)
+        pair.apply("crop", -n_removed)
+    pair.update(2, 3)
+
+
 class _ForgetfulPair(Pair):
     """A pair of which one side skips reorders: the comparison has to notice."""
 
