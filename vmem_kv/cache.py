@@ -149,8 +149,10 @@ class KVCache:
             short = {s: min(n, limit) for s, n in lengths.items() if s in capacity and capacity[s] < min(n, limit)}
         return self._grow(short, {}, ahead=True) if short else 0
 
-    def slide(self, slot_ids: SlotId | Sequence[SlotId], first_token: int, fence: Fence = PASSED) -> None:
+    def slide(self, slot_ids: SlotId | Sequence[SlotId], first_token: int, fence: Fence | None = None) -> None:
         """Give up the tokens before `first_token`: once `fence` has passed, the pages wholly before it are unmapped.
+
+        Without a fence, one behind all that the calling thread has launched so far on its current stream.
 
         Addresses stay: token i is where it always was. A slot cannot go back before `first_token`. Where no page
         comes free this only takes note, so that a windowed model may call it for all of its slots at every step.
@@ -158,40 +160,53 @@ class KVCache:
         Raises:
             UsageError: A slot is not active, or `first_token` lies behind its length. Nothing changed.
             DriverError: An unmap failed; its pages are quarantined, and all slots did slide. OutOfMappings likewise,
-                but that unmap is tried again later.
+                but that unmap is tried again later. Or no fence could be recorded: nothing changed.
         """
         self.pool.require_owner()
-        slots, comes_free = self._slots, False
         wanted = [slot_ids] if isinstance(slot_ids, int) else slot_ids
         with self.pool.lock:
-            slots.require_active(wanted)
-            shortest = min((slots.n_tokens[slot_id] for slot_id in wanted), default=first_token)
-            if not 0 <= first_token <= shortest:
-                raise UsageError(f"slide to token {first_token} in a sequence of {shortest} tokens")
-            kept = self._first_kept_pages(first_token)
+            comes_free = self._sliding(wanted, first_token)
+        if comes_free and fence is None:
+            fence = self._fence_here()
+        with self.pool.lock:
+            giving = self._sliding(wanted, first_token)  # again: a slot may have grown or retired meanwhile
             for slot_id in wanted:
-                if first_token <= slots.first_token.get(slot_id, 0):
-                    continue
-                slots.first_token[slot_id] = first_token
-                if any(
-                    first < min(cut, end) for cut, (first, end) in zip(kept, self.region.mapped[slot_id], strict=True)
-                ):
-                    self._slides.append((slot_id, first_token, fence))
-                    comes_free = True
-        if comes_free:
+                if first_token > self._slots.first_token.get(slot_id, 0):
+                    self._slots.first_token[slot_id] = first_token
+            if fence is not None:
+                self._slides += [(slot_id, first_token, fence) for slot_id in giving]
+        if giving:
             self._poll()
 
-    def retire(self, slot_ids: SlotId | Sequence[SlotId], fence: Fence = PASSED) -> None:
+    def retire(self, slot_ids: SlotId | Sequence[SlotId], fence: Fence | None = None) -> None:
         """End sequences. Their pages stay mapped; behind `fence` the slots are warm and can be adopted as they are.
+
+        Without a fence, one behind all that the calling thread has launched so far on its current stream. Whoever
+        used other streams, or has built batches that are not launched yet, gives one that covers them (`steps.py`).
 
         Raises:
             UsageError: A slot is not active (retired twice?). Nothing changed.
+            DriverError: No fence could be recorded. Nothing changed.
             DriverError: The sequences ended, but an unmap that had waited for a fence failed; its pages are
                 quarantined.
         """
         self.pool.require_owner()
+        fence = fence or self._fence_here()
         with self.pool.lock:
             self._slots.retire([slot_ids] if isinstance(slot_ids, int) else slot_ids, fence)
+        self._poll()
+
+    def settle(self) -> None:
+        """Block until everything that waits for a fence has moved on. For beginnings and ends, never for a step.
+
+        Raises:
+            DriverError: The device cannot say, or an unmap failed. What has moved on so far stays so.
+        """
+        self.pool.require_owner()
+        with self.pool.lock:
+            fences = [*self._slots.retired.values(), *(fence for _, _, fence in self._slides)]
+        for fence in fences:
+            fence.wait()
         self._poll()
 
     def reclaim(self, n_pages: int) -> int:
@@ -443,6 +458,21 @@ class KVCache:
         finally:
             self._unbusy([slot_id])
 
+    def _sliding(self, slot_ids: Sequence[SlotId], first_token: int) -> list[SlotId]:
+        """The slots of which pages come free if they slide; raises as `slide` does. The caller holds the lock."""
+        slots = self._slots
+        slots.require_active(slot_ids)
+        shortest = min((slots.n_tokens[slot_id] for slot_id in slot_ids), default=first_token)
+        if not 0 <= first_token <= shortest:
+            raise UsageError(f"slide to token {first_token} in a sequence of {shortest} tokens")
+        kept = self._first_kept_pages(first_token)
+        return [
+            slot_id
+            for slot_id in slot_ids
+            if first_token > slots.first_token.get(slot_id, 0)
+            and any(first < min(cut, end) for cut, (first, end) in zip(kept, self.region.mapped[slot_id], strict=True))
+        ]
+
     def _first_kept_pages(self, first_token: int) -> list[int]:
         """Per plane, the page in which a window begins."""
         return [first_token * plane.token_bytes // self.layout.page_bytes for plane in self.layout.planes]
@@ -473,6 +503,14 @@ class KVCache:
         with self.pool.lock:
             self._slots.busy.difference_update(slot_ids)
             self.pool.lock.notify_all()
+
+    def _fence_here(self) -> Fence:
+        try:
+            return self.pool.driver.fence()
+        except DriverError as error:
+            if error.is_fatal:
+                return PASSED  # a lost device runs nothing
+            raise
 
     def _require_open(self) -> None:
         self.pool.require_owner()

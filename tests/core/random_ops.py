@@ -137,7 +137,7 @@ class Run(Bench):
         self.model.slid(slot, first_token)
         if fence is None:
             self.model.slide_fence_passed(slot, first_token)
-            self._broken_off(lambda: self.cache.slide(SlotId(slot), first_token))
+            self._broken_off(lambda: self.cache.slide(SlotId(slot), first_token, PASSED))
         else:
             manual = ManualFence()
             if self.model.before_window(slot, first_token):  # else there is nothing to wait for

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 
-from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.errors import OutOfAddressSpace, UsageError
@@ -26,7 +26,7 @@ WRAPPERS: dict[str, Callable[[Driver], Driver]] = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_host_driver_conforms_on_both_paths_and_in_every_wrapper(path: str, wrapper: str) -> None:
-    report = check_driver(lambda: WRAPPERS[wrapper](HostDriver(path)), HostMemory())
+    report = check_driver(lambda: WRAPPERS[wrapper](HostDriver(path)), HostMemory)
     assert report.n_checks >= 100
     assert path in report.driver
     assert len(report.rules) == len(set(report.rules)) >= 20
@@ -134,6 +134,16 @@ class ScrubsTooMuch(HostDriver):
         super().scrub([(address, n_bytes + 8) for address, n_bytes in spans])
 
 
+class CopiesTooMuch(HostDriver):
+    def copy(self, copies: Sequence[Copy]) -> None:
+        super().copy([Copy(source, target, n_bytes + 1) for source, target, n_bytes in copies])
+
+
+class ReadsFromElsewhere(HostDriver):
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        return super().copy_to_host(address + 1, buffer)
+
+
 class OverstatesWhatItReleased(HostDriver):
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         try:
@@ -150,11 +160,14 @@ class CountsItems(HostDriver):
 
 
 class FenceGoesBack(HostDriver):
-    def fence(self) -> Fence:
+    def fence(self, streams: Collection[int] = ()) -> Fence:
         class Flaky(ManualFence):
             def passed(self) -> bool:
                 self.n_asked += 1
                 return self.n_asked == 1
+
+            def wait(self) -> None:
+                pass
 
         return Flaky()
 
@@ -192,6 +205,8 @@ BROKEN: dict[type[HostDriver], str] = {
     UnmapsTooMuch: "unmap: spans of whole pages go",
     ScrubsNothing: "scrub: fills its spans",
     ScrubsTooMuch: "scrub: fills its spans",
+    CopiesTooMuch: "copy: moves bytes",
+    ReadsFromElsewhere: "copy_from_host, copy_to_host: bytes",
     OverstatesWhatItReleased: "release: after a failure",
     CountsItems: "calls: every operation counts once",
     FenceGoesBack: "fence: passes on an idle device",
@@ -204,5 +219,5 @@ BROKEN: dict[type[HostDriver], str] = {
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_driver_that_breaks_a_rule_is_caught_by_that_rule(broken: type[HostDriver]) -> None:
     with pytest.raises(ContractBreach) as caught:
-        check_driver(lambda: broken("python"), HostMemory())
+        check_driver(lambda: broken("python"), HostMemory)
     assert BROKEN[broken] in str(caught.value)

@@ -150,7 +150,8 @@ def test_exported_names() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         vmem_kv.no_such_name  # noqa: B018
     assert sorted(vmem_kv.testing.__all__) == [
-        *("ContractBreach", "FaultyDriver", "HostMemory", "ManualFence", "Memory", "ModelMismatch", "Plan", "Point"),
+        *("ContractBreach", "DriverMemory", "FaultyDriver", "HostMemory", "ManualFence", "Memory", "ModelMismatch"),
+        *("Plan", "Point"),
         *("ReferenceModel", "Report", "check_driver", "driver_error", "fail_any", "fail_from", "fail_kind"),
         *("fail_once", "interruption", "natural_error", "no_faults"),
     ]

@@ -14,6 +14,11 @@ Guarantees that hold for every call:
     size in ``release`` (so a second release), a reservation that is not live or only part of one, and every call but
     ``close`` after ``close``.
   * Calls may come from any thread, one at a time or together; the driver keeps no lock of ours.
+  * ``scrub``, ``copy`` and the copies to and from host memory run *in stream order*: behind what the calling thread
+    launched on its current stream, before what it launches there next, and the call does not wait for them. In a
+    thread that called ``bind_thread`` nobody's work is ordered behind such a stream, so there the call returns when
+    the work is done. A call that raises waits as well: nothing of it is still running. On a device without streams
+    everything is done when the call returns.
 
 Assumptions on the caller (``driver/checked.py`` enforces them): sizes and addresses are multiples of
 ``info.granularity_bytes``; a range is unmapped exactly as it was mapped, whole pages and no holes; a handle is
@@ -25,9 +30,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import NamedTuple, NewType, Protocol
 
 from vmem_kv.driver.ledger import Ledger
 
@@ -36,6 +41,14 @@ Handle = NewType("Handle", int)
 
 Span = tuple[int, int]
 """(address, n_bytes) of a contiguous virtual range."""
+
+
+class Copy(NamedTuple):
+    """One copy between ranges of a device."""
+
+    source: int
+    target: int
+    n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,7 @@ class DriverInfo:
     """What a driver offers, as data: algorithms read it and never ask which driver it is."""
 
     name: str
-    device: str  # as torch names it: "cpu", "cuda:0"
+    device: str  # what torch calls the device of tensors over this memory: "cpu", "cuda:0"
     granularity_bytes: int  # smallest mappable size; every size and address is a multiple of it
     max_mappings: int  # live mappings that all users of the driver's ledger may hold together
     neighbours_merge: bool  # consecutive handles at consecutive addresses are one mapping to the system
@@ -79,6 +92,13 @@ class Fence(Protocol):
                 stays mapped, and the error goes to whoever asked. Asking again is allowed.
         """
 
+    def wait(self) -> None:
+        """Block until it has passed. For the beginnings and ends of things, never for a step.
+
+        Raises:
+            DriverError: The device cannot say; as above.
+        """
+
 
 class PassedFence:
     """The fence of a synchronous device, where a call that returned has finished."""
@@ -86,6 +106,9 @@ class PassedFence:
     def passed(self) -> bool:
         """Return True: there is never anything in flight."""
         return True
+
+    def wait(self) -> None:
+        """Return at once."""
 
 
 PASSED: Fence = PassedFence()
@@ -180,18 +203,56 @@ class Driver(ABC):
 
     @abstractmethod
     def scrub(self, spans: Sequence[Span]) -> None:
-        """Fill accessible ranges with zeros, visible to all work that starts after the call.
+        """Fill accessible ranges with zeros, in stream order.
 
         Raises:
-            DriverError: ``n_done`` spans are zero.
+            DriverError: ``n_done`` spans are zero, the others undefined.
+        """
+
+    @abstractmethod
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy between accessible ranges that do not overlap, in stream order. A range may cross pages and runs.
+
+        Raises:
+            DriverError: ``n_done`` copies were made, the other targets are undefined.
+        """
+
+    @abstractmethod
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        """Copy ``len(buffer)`` accessible bytes from ``address`` on into writable host memory, in stream order.
+
+        Returns:
+            A fence behind the copy: the bytes are there, and the buffer may go, when it has passed.
+
+        Raises:
+            DriverError: The buffer is undefined.
+        """
+
+    @abstractmethod
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        """Copy host memory into the ``len(buffer)`` accessible bytes from ``address`` on, in stream order.
+
+        Returns:
+            A fence behind the copy: the buffer may change or go when it has passed.
+
+        Raises:
+            DriverError: The target is undefined.
         """
 
     def bind_thread(self) -> None:  # noqa: B027 - a device without contexts has nothing to do
-        """Make the calling thread able to use the device. Every thread of ours calls it first."""
+        """Make the calling thread able to use the device, on its own. Every thread of ours calls it first."""
+
+    def current_stream(self) -> int:
+        """The calling thread's current stream, for `fence`; 0 where there are no streams."""
+        return 0
 
     @abstractmethod
-    def fence(self) -> Fence:
-        """Return a fence behind everything launched so far on the calling thread's current stream."""
+    def fence(self, streams: Collection[int] = ()) -> Fence:
+        """Return a fence behind everything launched so far on the calling thread's current stream and on ``streams``.
+
+        Raises:
+            DriverError: The device cannot record one. Nothing changed.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
 from vmem_kv.driver.ledger import Ledger
 from vmem_kv.errors import UsageError
 
@@ -186,11 +186,35 @@ class CheckedDriver(Driver):
                     raise UsageError(f"scrub at {span[0]:#x} before set_access")
         self.inner.scrub(spans)
 
+    def copy(self, copies: Sequence[Copy]) -> None:
+        with self._lock:
+            for source, target, n_bytes in copies:
+                if source < target + n_bytes and target < source + n_bytes:
+                    raise UsageError(f"copy of {n_bytes} bytes from {source:#x} to {target:#x}: the ranges overlap")
+                self._require_accessible("copy from", source, n_bytes)
+                self._require_accessible("copy to", target, n_bytes)
+        self.inner.copy(copies)
+
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        with self._lock:
+            if buffer.readonly:
+                raise UsageError("copy_to_host into a buffer that is read-only")
+            self._require_accessible("copy_to_host from", address, buffer.nbytes)
+        return self.inner.copy_to_host(address, buffer)
+
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        with self._lock:
+            self._require_accessible("copy_from_host to", address, buffer.nbytes)
+        return self.inner.copy_from_host(buffer, address)
+
     def bind_thread(self) -> None:
         self.inner.bind_thread()
 
-    def fence(self) -> Fence:
-        return self.inner.fence()
+    def current_stream(self) -> int:
+        return self.inner.current_stream()
+
+    def fence(self, streams: Collection[int] = ()) -> Fence:
+        return self.inner.fence(streams)
 
     def close(self) -> None:
         with self._lock:
@@ -213,6 +237,24 @@ class CheckedDriver(Driver):
         sizes = set(self._page_bytes.values())
         before = (a for size in sizes for a in range(address - size + step, address, step))
         return any(a in self._mapped and a + self._page_bytes[self._mapped[a]] > address for a in before)
+
+    def _require_accessible(self, operation: str, address: int, n_bytes: int) -> None:
+        """A range of any bytes whose pages may all be read and written."""
+        at, end = address, address + n_bytes
+        while at < end:
+            page = self._page_around(at)
+            if page not in self._accessible:
+                raise UsageError(f"{operation} [{address:#x}, {end:#x}): {at:#x} is not mapped and accessible")
+            at = page + self._page_bytes[self._mapped[page]]
+
+    def _page_around(self, address: int) -> int:
+        """Where the mapping begins that holds `address`; -1 if there is none."""
+        step = self.info.granularity_bytes
+        largest = max(self._page_bytes.values(), default=0)
+        for page in range(address - address % step, address - largest, -step):
+            if page in self._mapped and page + self._page_bytes[self._mapped[page]] > address:
+                return page
+        return -1
 
     def _whole_mappings(self, operation: str, span: Span) -> list[int]:
         """The addresses of the mappings that fill `span` exactly."""

@@ -24,10 +24,10 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
-from vmem_kv.driver.base import PASSED, Driver, DriverInfo, Fence, Handle, Reservation, Span
+from vmem_kv.driver.base import PASSED, Copy, Driver, DriverInfo, Fence, Handle, Reservation, Span
 from vmem_kv.driver.host_mapper import (
     MAP_ANONYMOUS,
     MAP_FAILED,
@@ -206,7 +206,24 @@ class HostDriver(Driver):
         for address, n_bytes in spans:
             ctypes.memset(address, 0, n_bytes)
 
-    def fence(self) -> Fence:
+    def copy(self, copies: Sequence[Copy]) -> None:
+        self._enter("copy")
+        for source, target, n_bytes in copies:
+            ctypes.memmove(target, source, n_bytes)
+
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        self._enter("copy_to_host")
+        ctypes.memmove((ctypes.c_char * buffer.nbytes).from_buffer(buffer), address, buffer.nbytes)
+        return PASSED
+
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        self._enter("copy_from_host")
+        # ctypes takes no address of read-only memory
+        source = bytes(buffer) if buffer.readonly else (ctypes.c_char * buffer.nbytes).from_buffer(buffer)
+        ctypes.memmove(address, source, buffer.nbytes)
+        return PASSED
+
+    def fence(self, streams: Collection[int] = ()) -> Fence:
         return PASSED
 
     def close(self) -> None:

@@ -22,11 +22,12 @@ from vmem_kv.testing.faults import (
     natural_error,
     no_faults,
 )
-from vmem_kv.testing.memory import HostMemory, ManualFence, Memory
+from vmem_kv.testing.memory import DriverMemory, HostMemory, ManualFence, Memory
 from vmem_kv.testing.model import ModelMismatch, ReferenceModel
 
 __all__ = [
     "ContractBreach",
+    "DriverMemory",
     "FaultyDriver",
     "HostMemory",
     "ManualFence",

@@ -4,7 +4,7 @@ Every rule of `driver/base.py` that can be observed from outside is one function
 and it works on a driver of its own. `check_driver` runs all of them and raises `ContractBreach` at the first that
 does not hold, with the rule in the message:
 
-    check_driver(HostDriver, HostMemory())
+    check_driver(HostDriver)
 
 Assumptions: the device has memory for 16 pages of twice the granularity; nobody else uses the driver meanwhile.
 """
@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vmem_kv.driver.base import Driver, Handle, Reservation
+from vmem_kv.driver.base import Copy, Driver, Handle, Reservation
 from vmem_kv.errors import OutOfAddressSpace, UsageError, VmemError
-from vmem_kv.testing.memory import Memory
+from vmem_kv.testing.memory import DriverMemory, Memory
 
 FENCE_TIMEOUT_S = 10.0
 """How long an idle device may take until a fence behind nothing has passed."""
@@ -341,6 +341,49 @@ def _scrub_zeroes_its_spans_only(bench: _Bench) -> None:
     bench.free(reservation)
 
 
+def _copies_move_exactly_their_bytes(bench: _Bench) -> None:
+    """copy: moves bytes between any accessible ranges, also across pages and runs, and nothing beside them"""
+    reservation = bench.reserve(8)
+    page = bench.page
+    places = [reservation.base + i * page for i in (0, 1, 4, 5)]
+    handles = bench.create(places)
+    bench.map(places, handles)
+    bench.driver.scrub([(place, page) for place in places])
+    data = bytes(range(1, 200))
+    source, target = places[1] - 100, places[3] - 50  # both over a page's edge
+    bench.memory.write(source, data)
+    bench.driver.copy([Copy(source, target, len(data)), Copy(source + 1, places[2], 1)])
+    bench.driver.fence().wait()
+    bench.require(bench.memory.read(target, len(data)) == data, "copied bytes differ")
+    bench.require(bench.memory.read(places[2], 2) == data[1:2] + b"\0", "the second copy is wrong or too long")
+    around = bench.memory.read(target - 1, 1) + bench.memory.read(target + len(data), 1)
+    bench.require(around == b"\0\0", "a copy wrote beside its target")
+    bench.require(bench.memory.read(source, len(data)) == data, "a copy changed its source")
+    bench.unmap(places)
+    bench.driver.release(page, handles)
+    bench.free(reservation)
+
+
+def _host_copies_arrive(bench: _Bench) -> None:
+    """copy_from_host, copy_to_host: bytes have arrived when the fence has passed, and nothing beside them changed"""
+    reservation = bench.reserve(2)
+    page = bench.page
+    places = [reservation.base, reservation.base + page]
+    handles = bench.create(places)
+    bench.map(places, handles)
+    bench.driver.scrub([(reservation.base, 2 * page)])
+    data, target = bytes(range(256)), places[1] - 100
+    bench.driver.copy_from_host(memoryview(data), target).wait()
+    bench.require(bench.memory.read(target, 256) == data, "copy_from_host wrote something else")
+    bench.require(not any(bench.memory.read(target - 8, 8)), "copy_from_host wrote in front of its target")
+    buffer = bytearray(b"#" * 300)
+    bench.driver.copy_to_host(target, memoryview(buffer)[20:276]).wait()
+    bench.require(bytes(buffer) == b"#" * 20 + data + b"#" * 24, "copy_to_host read something else, or wrote too much")
+    bench.unmap(places)
+    bench.driver.release(page, handles)
+    bench.free(reservation)
+
+
 def _a_failed_release_says_how_far_it_came(bench: _Bench) -> None:
     """release: after a failure n_done handles are gone and the others can still be released"""
     reservation = bench.reserve(4)
@@ -439,6 +482,9 @@ def _close_is_idempotent_and_final(bench: _Bench) -> None:
         "scrub": lambda: driver.scrub([(page, page)]),
         "unmap": lambda: driver.unmap([(page, page)]),
         "release": lambda: driver.release(page, [Handle(page)]),
+        "copy": lambda: driver.copy([Copy(page, 2 * page, 1)]),
+        "copy_to_host": lambda: driver.copy_to_host(page, memoryview(bytearray(1))),
+        "copy_from_host": lambda: driver.copy_from_host(memoryview(b"a"), page),
     }
     for name, call in calls.items():
         bench.refuses(call, VmemError, f"{name} worked on a closed driver")
@@ -459,6 +505,8 @@ _RULES: tuple[Callable[[_Bench], None], ...] = (
     _content_survives_unmapping,
     _unmap_leaves_the_rest,
     _scrub_zeroes_its_spans_only,
+    _copies_move_exactly_their_bytes,
+    _host_copies_arrive,
     _a_failed_release_says_how_far_it_came,
     _calls_are_counted,
     _fences_pass,
@@ -468,12 +516,13 @@ _RULES: tuple[Callable[[_Bench], None], ...] = (
 )
 
 
-def check_driver(open_driver: Callable[[], Driver], memory: Memory) -> Report:
+def check_driver(open_driver: Callable[[], Driver], open_memory: Callable[[Driver], Memory] = DriverMemory) -> Report:
     """Hold a driver against every rule of the contract.
 
     Args:
         open_driver: Opens a new driver; called once per rule.
-        memory: Reads and writes what the driver maps.
+        open_memory: Returns what reads and writes a driver's memory; by default the driver's own copies to and from
+            the host.
 
     Returns:
         What was checked.
@@ -485,7 +534,7 @@ def check_driver(open_driver: Callable[[], Driver], memory: Memory) -> Report:
     for rule in _RULES:
         text = _text(rule)
         driver = open_driver()
-        bench = _Bench(driver, memory)
+        bench = _Bench(driver, open_memory(driver))
         name = f"{type(driver).__name__} ({driver.info.name}, {driver.info.path})"
         try:
             rule(bench)

@@ -17,11 +17,11 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
 from vmem_kv.driver.ledger import Ledger
 from vmem_kv.errors import DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, VmemError
 
@@ -196,14 +196,39 @@ class FaultyDriver(Driver):
             with _continuing(n_done):
                 self.inner.scrub([span])
 
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """See `Driver.copy`; a point per copy."""
+        self._call("copy")
+        for n_done, one in enumerate(copies):
+            self._point("copy", n_done)
+            with _continuing(n_done):
+                self.inner.copy([one])
+
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        """See `Driver.copy_to_host`; one point."""
+        self._call("copy_to_host")
+        self._point("copy_to_host", 0)
+        return self.inner.copy_to_host(address, buffer)
+
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        """See `Driver.copy_from_host`; one point."""
+        self._call("copy_from_host")
+        self._point("copy_from_host", 0)
+        return self.inner.copy_from_host(buffer, address)
+
     def bind_thread(self) -> None:
         """See `Driver.bind_thread`; one point."""
         self._point("bind_thread", 0)
         self.inner.bind_thread()
 
-    def fence(self) -> Fence:
-        """See `Driver.fence`; never fails."""
-        return self.inner.fence()
+    def current_stream(self) -> int:
+        """See `Driver.current_stream`; never fails."""
+        return self.inner.current_stream()
+
+    def fence(self, streams: Collection[int] = ()) -> Fence:
+        """See `Driver.fence`; one point."""
+        self._point("fence", 0)
+        return self.inner.fence(streams)
 
     def close(self) -> None:
         """See `Driver.close`; never fails on purpose."""
