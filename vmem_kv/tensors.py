@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -82,6 +83,27 @@ class RegionTensors:
             self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
         self._unused = weakref.finalize(buffer, self._when_unused)
         self._unused.atexit = False  # the process's end frees everything, and daemon threads may still read
+
+
+@dataclass(frozen=True, slots=True)
+class SlotKV:
+    """One layer's K and V over all slots, as kernels that take starts and lengths want them: rows of tokens.
+
+    Most rows have no memory behind them. Only rows `[start, start + length)` of a sequence (and a kernel's slack) may
+    be touched, so this goes to kernels only, never to users.
+
+    Attributes:
+        keys: `[n_slots * span_tokens, n_heads, head_dim]`, last stride 1; slot s begins at row `s * span_tokens`.
+        values: The same with V's heads and size.
+        span_tokens: Rows of one slot.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    span_tokens: int
+
+    def __repr__(self) -> str:
+        return f"SlotKV(n_rows={self.keys.shape[0]}, span_tokens={self.span_tokens}, dtype={self.keys.dtype})"
 
 
 class GrowingView:
