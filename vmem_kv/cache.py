@@ -57,6 +57,8 @@ class KVCache:
         self.region = Region(pool, layout)
         self._slots = SlotTable(layout.n_slots)
         self._slides: list[tuple[SlotId, int, Fence]] = []
+        self._streams: set[int] = set()
+        """Streams that were current when somebody grew a sequence: those that its kernels run on."""
         self._closed = False
         pool.join(self, self.region)
 
@@ -116,6 +118,7 @@ class KVCache:
                 is closed. Nothing changed.
         """
         self.pool.require_owner()
+        self._streams.add(self.pool.driver.current_stream())
         with self.pool.lock:
             if self._closed:
                 self._require_open()
@@ -152,7 +155,8 @@ class KVCache:
     def slide(self, slot_ids: SlotId | Sequence[SlotId], first_token: int, fence: Fence | None = None) -> None:
         """Give up the tokens before `first_token`: once `fence` has passed, the pages wholly before it are unmapped.
 
-        Without a fence, one behind all that the calling thread has launched so far on its current stream.
+        Without a fence, one behind all that was launched so far on the calling thread's current stream and on every
+        stream that was current in a call of `ensure`.
 
         Addresses stay: token i is where it always was. A slot cannot go back before `first_token`. Where no page
         comes free this only takes note, so that a windowed model may call it for all of its slots at every step.
@@ -181,8 +185,9 @@ class KVCache:
     def retire(self, slot_ids: SlotId | Sequence[SlotId], fence: Fence | None = None) -> None:
         """End sequences. Their pages stay mapped; behind `fence` the slots are warm and can be adopted as they are.
 
-        Without a fence, one behind all that the calling thread has launched so far on its current stream. Whoever
-        used other streams, or has built batches that are not launched yet, gives one that covers them (`steps.py`).
+        Without a fence, one behind all that was launched so far on the calling thread's current stream and on every
+        stream that was current in a call of `ensure`. Whoever used other streams, or has built batches that are not
+        launched yet, gives one that covers them (`steps.py`).
 
         Raises:
             UsageError: A slot is not active (retired twice?). Nothing changed.
@@ -196,8 +201,10 @@ class KVCache:
             self._slots.retire([slot_ids] if isinstance(slot_ids, int) else slot_ids, fence)
         self._poll()
 
-    def settle(self) -> None:
-        """Block until everything that waits for a fence has moved on. For beginnings and ends, never for a step.
+    def settle(self) -> bool:
+        """Block until everything that waits for a fence has moved on; return whether anything did.
+
+        For beginnings and ends, and for a step that would fail otherwise.
 
         Raises:
             DriverError: The device cannot say, or an unmap failed. What has moved on so far stays so.
@@ -208,6 +215,7 @@ class KVCache:
         for fence in fences:
             fence.wait()
         self._poll()
+        return bool(fences)
 
     def reclaim(self, n_pages: int) -> int:
         """Unmap warm slots, longest retired first, until `n_pages` pages went back to the pool; return how many did.
@@ -506,7 +514,7 @@ class KVCache:
 
     def _fence_here(self) -> Fence:
         try:
-            return self.pool.driver.fence()
+            return self.pool.driver.fence(self._streams)
         except DriverError as error:
             if error.is_fatal:
                 return PASSED  # a lost device runs nothing

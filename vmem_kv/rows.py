@@ -1,7 +1,7 @@
 """One layer's K and V for a batch of sequences that step together, as growing tensors.
 
     store = RowStore(CacheConfig(), n_layers=30)       one driver and one pool, opened at the first use
-    rows = store.open_rows(spec, torch.float32, 4)     addresses only
+    rows = store.open_rows(spec, torch.float32, 4, device)     addresses only
     rows.append(k, v); k, v = rows.views()
 
 Guarantees: K and V are written in place; `views` returns views of exactly the used tokens, at an address that
@@ -23,9 +23,9 @@ import torch
 
 from vmem_kv.cache import KVCache
 from vmem_kv.config import CacheConfig
+from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.driver.base import Driver
-from vmem_kv.driver.host import HostDriver
-from vmem_kv.errors import ConfigError, UsageError, VmemError
+from vmem_kv.errors import ConfigError, OutOfMappings, OutOfPages, OutOfSlots, UsageError, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
 from vmem_kv.pages import PagePool
@@ -43,10 +43,12 @@ class RowStore:
     Args:
         config: How to use memory.
         n_layers: How many layers will share it; layout and page size are chosen for all of them.
+        open_driver: Opens the driver for the device on which the first layer lies.
     """
 
-    def __init__(self, config: CacheConfig, n_layers: int = 1) -> None:
+    def __init__(self, config: CacheConfig, n_layers: int = 1, open_driver: OpenDriver = open_driver) -> None:
         self.config = config
+        self._open_driver = open_driver
         self.max_tokens = config.max_tokens or DEFAULT_MAX_TOKENS
         self.choice: Choice | None = None
         self._n_layers = max(1, n_layers)
@@ -57,16 +59,17 @@ class RowStore:
         self._n_entered = 0
         self._last_stats = CacheStats.empty()
 
-    def open_rows(self, spec: LayerSpec, dtype: torch.dtype, n_rows: int) -> LayerRows:
+    def open_rows(self, spec: LayerSpec, dtype: torch.dtype, n_rows: int, device: torch.device) -> LayerRows:
         """Reserve addresses for `n_rows` sequences of one layer. No memory is mapped.
 
         Raises:
-            ConfigError: The configuration does not fit this machine.
+            ConfigError: The configuration does not fit this machine, or the layer lies on another device than the
+                first one did.
             OutOfAddressSpace: The reservation is too large.
             DriverError: Memory of layers that nobody uses any more could not be given back.
         """
         with self._entered():
-            pool, kind = self._open_pool(spec, n_rows)
+            pool, kind = self._open_pool(spec, n_rows, device)
             layout = Layout.build(kind, [spec], n_slots=n_rows, max_tokens=self.max_tokens, page_bytes=pool.page_bytes)
             cache = KVCache(pool, layout)
             self._caches.add(cache)
@@ -126,6 +129,14 @@ class RowStore:
             pool.trim()
             return n_owned - pool.n_owned
 
+    def settle(self) -> bool:
+        """Wait until what the layers gave up has come back; return whether anything was still out.
+
+        Raises:
+            DriverError: See `KVCache.settle`.
+        """
+        return sum(cache.settle() for cache in self._caches) > 0
+
     def require_owner(self) -> None:
         """Raise UsageError in a forked child."""
         if self._pool is not None:
@@ -141,6 +152,7 @@ class RowStore:
         pool.require_owner()
         with self._entered():
             cache.retire(cache.active_slots())
+            cache.settle()
             cache.close()
             self._caches.discard(cache)
             if not self._caches and pool is self._pool:
@@ -180,14 +192,20 @@ class RowStore:
         while self._orphans and not self._n_entered:
             self.close_cache(self._orphans.popleft())
 
-    def _open_pool(self, spec: LayerSpec, n_rows: int) -> tuple[PagePool, str]:
+    def _open_pool(self, spec: LayerSpec, n_rows: int, device: torch.device) -> tuple[PagePool, str]:
         """Return the pool, opened if it is not, and the layout kind for a layer of so many rows."""
         if self._pool is not None:
+            here = torch.device(self._pool.driver.info.device)
+            if device != here:
+                raise ConfigError(
+                    f"this cache began on {here}, and a layer lies on {device}; a cache serves one device, so place "
+                    "the whole model on one"
+                )
             # The pool fixes the page size; how many planes the mappings allow depends on the rows.
             self.choice = self._choose(self._pool.driver, spec, n_rows, self._pool.page_bytes)
             return self._pool, self.choice.kind
         config = self.config
-        driver: Driver = HostDriver(config.host_path, huge_pages=config.huge_pages)
+        driver = self._open_driver(device, config)
         try:
             self.choice = self._choose(driver, spec, n_rows, config.page_bytes)
             page_bytes, max_pages = self.choice.page_bytes, None
@@ -222,6 +240,7 @@ class LayerRows:
         self.store = store
         self.cache = cache
         self.dtype = dtype
+        self.device = torch.device(cache.pool.driver.info.device)
         self.max_rows = n_rows
         self.first_token = 0
         """Tokens before this one were given up by `slide`."""
@@ -252,7 +271,13 @@ class LayerRows:
             OutOfSlots: `n_rows` is more than this was opened for. Nothing changed.
         """
         self._require_open()
-        self._take_slots(self.cache.acquire_adjacent(n_rows))
+        try:
+            slots = self.cache.acquire_adjacent(n_rows)
+        except OutOfSlots:  # those of the last batch may wait for its last kernel
+            if not self.cache.settle():
+                raise
+            slots = self.cache.acquire_adjacent(n_rows)
+        self._take_slots(slots)
         self.first_token = self.n_tokens = 0
 
     def stop(self) -> None:
@@ -276,12 +301,13 @@ class LayerRows:
         """
         n_tokens = self.n_tokens + key_states.shape[2]
         if (key_states.shape, value_states.shape) != self._expected_shapes(key_states.shape[2]) or not (
-            key_states.dtype is value_states.dtype is self.dtype and key_states.is_cpu and value_states.is_cpu
+            key_states.dtype is value_states.dtype is self.dtype
+            and key_states.device == value_states.device == self.device
         ):
             self._refuse(key_states, value_states)
         if self._keys is None or self._values is None:
             raise UsageError("the rows were stopped or closed; start them first")
-        self.cache.ensure(dict.fromkeys(self._slots, n_tokens))
+        self._ensure(n_tokens)
         self._keys.write(self.n_tokens, key_states)
         self._values.write(self.n_tokens, value_states)
         self.n_tokens = n_tokens
@@ -301,7 +327,7 @@ class LayerRows:
         """
         if not self.first_token <= n_tokens <= self.n_tokens:
             raise UsageError(f"truncate to {n_tokens} in rows that hold [{self.first_token}, {self.n_tokens})")
-        self.cache.ensure(dict.fromkeys(self._slots, n_tokens))
+        self._ensure(n_tokens)
         self.n_tokens = n_tokens
 
     def slide(self, first_token: int) -> None:
@@ -329,8 +355,9 @@ class LayerRows:
             raise UsageError(f"{n_rows} rows of a batch of {self.n_rows}; copy them to rows of their own")
         changed = (indices != torch.arange(n_rows)).nonzero().flatten()
         if changed.numel():
+            targets, sources = changed.to(self.device), indices[changed].to(self.device)
             for states in self.views():
-                states[changed] = states.index_select(0, indices[changed])
+                states[targets] = states.index_select(0, sources)
         if n_rows < self.n_rows:
             self.cache.retire(self._slots[n_rows:])
             self._take_slots(self._slots[:n_rows])
@@ -345,12 +372,12 @@ class LayerRows:
         self._require_open()
         indices = torch.arange(self.n_rows) if indices is None else indices
         self._require_rows(indices)
-        new = self.store.open_rows(self.spec, self.dtype, max(1, indices.numel()))
+        new = self.store.open_rows(self.spec, self.dtype, max(1, indices.numel()), self.device)
         if not self._slots:
             new.stop()
             return new
         try:
-            new.cache.ensure(dict.fromkeys(new._slots, self.n_tokens))
+            new._ensure(self.n_tokens)
             new.n_tokens = self.n_tokens
             new.slide(self.first_token)
         except VmemError:
@@ -360,6 +387,15 @@ class LayerRows:
             for i, index in enumerate(indices.tolist()):
                 target[i].copy_(source[index])
         return new
+
+    def _ensure(self, n_tokens: int) -> None:
+        lengths = dict.fromkeys(self._slots, n_tokens)
+        try:
+            self.cache.ensure(lengths)
+        except (OutOfPages, OutOfMappings):  # what windows and other layers gave up may wait for a kernel only
+            if not self.store.settle():
+                raise
+            self.cache.ensure(lengths)
 
     def _require_rows(self, indices: torch.Tensor) -> None:
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
@@ -411,8 +447,11 @@ class LayerRows:
                     f"the cache holds {self.n_rows} sequences, the model passes {states.shape[0]}; "
                     "call reset() before a batch of another size, or use another cache"
                 )
-            if not states.is_cpu:
-                raise UsageError(f"the cache is on cpu, the model's {what} on {states.device}; move the model there")
+            if states.device != self.device:
+                raise UsageError(
+                    f"the cache is on {self.device}, the model's {what} on {states.device}; move the model there, or "
+                    "make a new cache"
+                )
             if states.dtype is not self.dtype:
                 raise UsageError(
                     f"the cache holds {self.dtype}, the model's {what} is {states.dtype}; "

@@ -1,8 +1,8 @@
-"""Addresses as torch tensors: the first file, from the bottom up, that imports torch.
+"""Addresses as torch tensors, on any device.
 
 Guarantees
-  * A tensor over the whole region never leaves this file: printing, cloning or pickling one would touch unmapped
-    memory. Users get views cut to a length, at an address that does not change as the sequence grows.
+  * A tensor over the whole region never reaches a user: printing, cloning or pickling one would touch unmapped memory.
+    Users get views cut to a length, at an address that does not change as the sequence grows; kernels get `SlotKV`.
   * The region stays reserved as long as any such view is alive: `on_unused` runs when the last one has died.
 
 A cut view may be read, written, printed, cloned, as long as its tokens are mapped: until the sequence ends, slides or
@@ -12,7 +12,6 @@ pickled or saved (torch would write the storage, holes included): clone it first
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,31 +22,23 @@ from vmem_kv.cache import KVCache
 from vmem_kv.errors import ConfigError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Strides
+from vmem_kv.storage import open_storage
 
 
 class RegionTensors:
-    """The region of a cache on the CPU, seen by torch.
+    """The region of a cache, seen by torch.
 
     Args:
         cache: Whose region.
         on_unused: Called once, when this object and every view made from it are gone.
-
-    Raises:
-        ConfigError: The cache's device is not the CPU.
     """
 
     def __init__(self, cache: KVCache, on_unused: Callable[[], None]) -> None:
-        device = cache.pool.driver.info.device
-        if device != "cpu":
-            raise ConfigError(f"no torch tensors over memory on {device!r}; only 'cpu' is supported")
-        reservation = cache.region.reservation
-
-        # A class of its own, because instances of the plain ctypes type cannot be referenced weakly.
-        class Bytes(ctypes.c_char * reservation.n_bytes):  # type: ignore[misc]
-            pass
-
+        self.device = torch.device(cache.pool.driver.info.device)
+        self._layout = cache.layout
         self._when_unused = on_unused
-        self._look(Bytes.from_address(reservation.base))
+        reservation = cache.region.reservation
+        self._look(open_storage(reservation.base, reservation.n_bytes, self.device))
 
     def let_go(self) -> bool:
         """Drop this object's own hold on the region, if it is the last one.
@@ -56,10 +47,10 @@ class RegionTensors:
             True: nothing looks into the region any more, `on_unused` will not run, and this object is spent.
             False: views are still out, and nothing changed.
         """
-        buffer = weakref.ref(self._buffer)
+        storage = weakref.ref(self._storage)
         self._unused.detach()
-        del self._bytes, self._buffer
-        alive = buffer()
+        del self._bytes, self._storage
+        alive = storage()
         if alive is None:
             return True
         self._look(alive)
@@ -76,12 +67,38 @@ class RegionTensors:
             )
         return GrowingView(full)
 
-    def _look(self, buffer: ctypes.Array[ctypes.c_char]) -> None:
-        self._buffer = buffer
+    def layer(self, layer_index: int, dtype: torch.dtype) -> SlotKV:
+        """Return the K and V of one layer over all slots, for kernels.
+
+        Raises:
+            ConfigError: K's and V's slots are not equally many rows long, so that no one row number fits both.
+        """
+        keys, values = self._layout.keys[layer_index], self._layout.values[layer_index]
+        span_tokens = keys.slot_bytes // keys.token_bytes
+        if values.slot_bytes // values.token_bytes != span_tokens:
+            raise ConfigError(
+                f"layer {layer_index} has K rows of {keys.token_bytes} and V rows of {values.token_bytes} bytes, whose "
+                "slots differ in length; use layout='token_major'"
+            )
+        return SlotKV(self._rows(keys, dtype), self._rows(values, dtype), span_tokens)
+
+    def _rows(self, strides: Strides, dtype: torch.dtype) -> torch.Tensor:
+        spec, item = strides.spec, strides.spec.element_bytes
+        n_rows = self._layout.n_slots * (strides.slot_bytes // strides.token_bytes)
+        with torch.inference_mode(False):
+            return self._bytes.view(dtype).as_strided(
+                (n_rows, spec.n_heads, spec.head_dim),
+                (strides.token_bytes // item, strides.head_bytes // item, 1),
+                strides.offset_bytes // item,
+            )
+
+    def _look(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
         # A tensor born in inference mode could not be written outside of it, and the cache lives through both.
         with torch.inference_mode(False):
-            self._bytes = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._unused = weakref.finalize(buffer, self._when_unused)
+            empty = torch.empty(0, dtype=torch.uint8, device=self.device)
+            self._bytes = empty.set_(storage, 0, (storage.nbytes(),), (1,))
+        self._unused = weakref.finalize(storage, self._when_unused)
         self._unused.atexit = False  # the process's end frees everything, and daemon threads may still read
 
 

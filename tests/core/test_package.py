@@ -29,11 +29,13 @@ CORE = [
     "vmem_kv.driver.host_mapper",
     "vmem_kv.driver.host",
     "vmem_kv.driver.checked",
+    "vmem_kv.driver.cuda_errors",
     "vmem_kv.layout",
     "vmem_kv.growth",
     "vmem_kv.pages",
     "vmem_kv.region",
     "vmem_kv.slots",
+    "vmem_kv.steps",
     "vmem_kv.stats",
     "vmem_kv.cache",
     "vmem_kv.premap",
@@ -95,6 +97,12 @@ def test_only_what_stands_above_the_core_imports_transformers() -> None:
         if any(i.split(".")[0] == "transformers" for i in imports_of(path, everywhere=True)):
             allowed = ("vmem_kv.integrations", "vmem_kv.attention", "vmem_kv.models", "vmem_kv.cli")
             assert name.startswith(allowed), name
+
+
+def test_only_the_cuda_driver_imports_cuda() -> None:
+    importers = {n for n, path in modules() if any(i.split(".")[0] == "cuda" for i in imports_of(path, everywhere=True))}
+    assert importers == {"vmem_kv.driver.cuda"}
+    assert not any(i.split(".")[0] == "cuda" for i in imports_of(ROOT / "driver" / "cuda.py", everywhere=False))
 
 
 def test_testing_is_imported_by_nothing_and_needs_no_test_framework() -> None:

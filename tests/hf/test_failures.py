@@ -23,6 +23,8 @@ from .architectures import ARCHITECTURES, build_model, random_tokens
 N_LAYERS = 3
 PAGE = 4096
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def config():
@@ -274,17 +276,17 @@ class TestTheStoreBelow:
 
     def test_the_layout_is_chosen_again_for_a_batch_that_needs_fewer_mappings(self):
         store = RowStore(CacheConfig(max_tokens=4096), n_layers=30)
-        small = store.open_rows(self.SPEC, torch.float32, 1)
+        small = store.open_rows(self.SPEC, torch.float32, 1, CPU)
         assert store.choice.kind == "per_head"
         limit = small.cache.pool.driver.info.max_mappings
-        large = store.open_rows(self.SPEC, torch.float32, limit // (30 * 4 * 2) + 1)
+        large = store.open_rows(self.SPEC, torch.float32, limit // (30 * 4 * 2) + 1, CPU)
         assert store.choice.kind == "per_layer"
         large.close()
         small.close()
 
     def test_rows_that_die_while_others_are_opened_do_not_close_the_pool_under_them(self, monkeypatch):
         store = RowStore(CacheConfig())
-        doomed = [store.open_rows(self.SPEC, torch.float32, 1)]
+        doomed = [store.open_rows(self.SPEC, torch.float32, 1, CPU)]
         opened = store._open_pool
 
         def open_pool_and_lose_the_others(*args):
@@ -293,7 +295,7 @@ class TestTheStoreBelow:
             return result
 
         monkeypatch.setattr(store, "_open_pool", open_pool_and_lose_the_others)
-        rows = store.open_rows(self.SPEC, torch.float32, 1)
+        rows = store.open_rows(self.SPEC, torch.float32, 1, CPU)
         rows.append(*states(1, 3))
         store.check()
         assert store.stats().n_live_pages == 4
@@ -301,7 +303,7 @@ class TestTheStoreBelow:
 
     def test_rows_that_die_while_the_pool_is_locked_are_closed_by_the_next_call(self):
         store = RowStore(CacheConfig())
-        kept, doomed = (store.open_rows(self.SPEC, torch.float32, 1) for _ in "12")
+        kept, doomed = (store.open_rows(self.SPEC, torch.float32, 1, CPU) for _ in "12")
         doomed.append(*states(1, 3))
         with kept.cache.pool.lock:
             del doomed

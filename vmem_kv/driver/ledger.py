@@ -64,3 +64,10 @@ class Ledger:
 
 PROCESS = Ledger()
 """The ledger of this process's host memory."""
+
+_DEVICES: dict[str, Ledger] = {}
+
+
+def ledger_of_device(uuid: str) -> Ledger:
+    """The ledger of one device's memory in this process."""
+    return _DEVICES.setdefault(uuid, Ledger())

@@ -43,8 +43,9 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from vmem_kv.attention.sdpa import register
+from vmem_kv.integrations.hf_attention import register
 from vmem_kv.config import CacheConfig
+from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.errors import ConfigError, UsageError, VmemError
 from vmem_kv.layout import LayerSpec, TensorSpec
 from vmem_kv.rows import DEFAULT_MAX_TOKENS, LayerRows, RowStore, close_rows
@@ -101,7 +102,9 @@ class VmemLayerMixin(DynamicLayer):
         n_rows = key_states.shape[0]
         if self._rows is None or self._rows.max_rows < n_rows or not _fits(self._rows, key_states, value_states):
             self._rows = None
-            self._rows = self._store.open_rows(_spec(key_states, value_states), key_states.dtype, n_rows)
+            self._rows = self._store.open_rows(
+                _spec(key_states, value_states), key_states.dtype, n_rows, key_states.device
+            )
         else:
             self._rows.start(n_rows)
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -343,6 +346,7 @@ class VmemCache(DynamicCache):
         max_bytes: Budget of physical memory; default: 90 % of what is available.
         expected_tokens: The usual final length, for choosing page size and layout; default 4,096.
         options: Instead of the five above, a whole `CacheConfig`.
+        open_driver: Opens the driver for the device on which the model lies; to wrap one, or to bring your own.
 
     Raises:
         ConfigError: A value makes no sense, or `options` was given beside one of the five. What the machine cannot
@@ -359,6 +363,7 @@ class VmemCache(DynamicCache):
         max_bytes: int | None = None,
         expected_tokens: int | None = None,
         options: CacheConfig | None = None,
+        open_driver: OpenDriver = open_driver,
     ) -> None:
         given = CacheConfig(
             max_tokens=max_tokens,
@@ -376,7 +381,7 @@ class VmemCache(DynamicCache):
             options = replace(options, max_tokens=max(model_tokens, DEFAULT_MAX_TOKENS))
         layer_types, kwargs = get_layer_types_and_kwargs(decoder_config)
         per_layer = kwargs if isinstance(kwargs, list) else [kwargs] * len(layer_types)  # 5.17 shares one dict
-        store = RowStore(options, n_layers=sum(name in _LAYERS for name in layer_types))
+        store = RowStore(options, sum(name in _LAYERS for name in layer_types), open_driver)
         mapping = DYNAMIC_LAYER_TYPE_MAPPING | _layers_on(store, ForwardPass())
         Cache.__init__(self, layers=[mapping[t](**kw) for t, kw in zip(layer_types, per_layer, strict=True)])
         self._store = store
@@ -549,4 +554,5 @@ def _spec(key_states: torch.Tensor, value_states: torch.Tensor) -> LayerSpec:
 
 
 def _fits(rows: LayerRows, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-    return rows.dtype is key_states.dtype and rows.spec == _spec(key_states, value_states)
+    spec = _spec(key_states, value_states)
+    return rows.dtype is key_states.dtype and rows.device == key_states.device and rows.spec == spec

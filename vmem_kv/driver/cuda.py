@@ -1,0 +1,497 @@
+"""Demand mapping on NVIDIA GPUs: CUDA's virtual memory management, through cuda-python. The only file that imports it.
+
+Guarantees
+  * One handle is one page: the driver demands that the offset inside a handle is zero. One `cuMemSetAccess` and one
+    `cuMemUnmap` for each contiguous run, since these two are the expensive calls.
+  * The device's primary context, which torch uses as well, is current in every call: it is made so in a thread that has
+    none, and a thread that works in another context is refused.
+  * A double release never reaches the driver, which would not survive it.
+  * After a sticky error (an illegal address, a failed launch) CUDA is not called any more: every call raises the same
+    fatal error, and `close` forgets.
+  * Nothing runs when the interpreter exits: tensors may be alive, and the process takes its memory with it.
+
+Assumptions: one process per driver (a forked child is refused). Whoever else uses the device's memory in this process
+is known as the `runtime`.
+
+Source: CUDA driver API, "Virtual Memory Management", "Stream Management" and "Event Management" (cuda.h 13.0).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+from vmem_kv.driver.base import Copy, Driver, DriverInfo, Fence, Handle, Reservation, Span
+from vmem_kv.driver.cuda_errors import LOST_CODES, MISSING_CODES, NOT_READY, OUT_OF_MEMORY, SUCCESS
+from vmem_kv.driver.ledger import Ledger, ledger_of_device
+from vmem_kv.errors import ConfigError, DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, UsageError, VmemError
+from vmem_kv.units import format_bytes
+
+MAX_MAPPINGS = 500_000
+"""Live mappings per device. On an H100 others met a ceiling of 523,404, whatever the pages' size."""
+
+_MAX_RESERVATION_BYTES = 1 << 46
+
+
+class Runtime(Protocol):
+    """Who launches work on the device in this process, and keeps memory of it: torch, as a rule."""
+
+    def current_stream(self) -> int:
+        """The stream (a cudaStream_t) on which the calling thread launches; 0 for the legacy default stream."""
+
+    def free_cached_memory(self) -> None:
+        """Give memory that is kept for later back to the driver."""
+
+
+class NoRuntime:
+    """Nobody but us: work goes to the legacy default stream."""
+
+    def current_stream(self) -> int:
+        """Return the legacy default stream."""
+        return 0
+
+    def free_cached_memory(self) -> None:
+        """Do nothing: nobody keeps any."""
+
+
+class CudaDriver(Driver):
+    """The driver contract over one CUDA device.
+
+    Args:
+        index: The device's number, as CUDA_VISIBLE_DEVICES leaves it.
+        runtime: Whose streams our work is ordered with, and who can spare memory.
+        max_mappings: Limit on live mappings, over all drivers of this device in this process.
+        tensor_device: What torch calls the device of this memory; by default "cuda:<index>".
+        ledger: Where mappings and memory are counted; by default with the device's other drivers in this process.
+
+    Raises:
+        ConfigError: CUDA or the device cannot be used; the message says what is missing.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        *,
+        runtime: Runtime | None = None,
+        max_mappings: int = MAX_MAPPINGS,
+        tensor_device: str | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._cuda = cuda = _load_cuda()
+        self._runtime = runtime or NoRuntime()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._lost: DriverError | None = None
+        self._reservations: set[Reservation] = set()
+        self._pages: dict[Handle, int] = {}  # live handles and their sizes
+        self._threads = threading.local()  # .stream: of a thread that called bind_thread
+        self._idle_streams: list[Any] = []
+        self._streams: list[Any] = []
+        self._idle_events: list[Any] = []
+        self._events: list[Any] = []
+        self.calls = Counter()
+        self._device = _find_device(cuda, index)
+        self.uuid = bytes(_answer(cuda.cuDeviceGetUuid(self._device)).bytes).hex()
+        """Names the device itself, whatever its number."""
+        self.ledger = ledger or ledger_of_device(self.uuid)
+        self._properties = _page_properties(cuda, index)
+        self._access = _read_write(cuda, index)
+        self._context = _answer(cuda.cuDevicePrimaryCtxRetain(self._device))
+        try:
+            self._require_context()
+            granularity_bytes = int(
+                _answer(
+                    cuda.cuMemGetAllocationGranularity(
+                        self._properties, cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+                    )
+                )
+            )
+            self.info = DriverInfo(
+                name="cuda",
+                device=tensor_device or f"cuda:{index}",
+                granularity_bytes=granularity_bytes,
+                max_mappings=max_mappings,
+                neighbours_merge=False,
+                mappings_per_run=1,
+                keeps_pay=True,
+                memory_bytes=self.available_bytes(),
+                max_reservation_bytes=_MAX_RESERVATION_BYTES,
+                path="cuda-python",
+                zeroes_new_pages=False,  # seen zero on some devices, promised nowhere
+            )
+        except BaseException:
+            cuda.cuDevicePrimaryCtxRelease(self._device)
+            raise
+
+    def available_bytes(self) -> int:
+        self._require_context()
+        free, _ = _answer(self._cuda.cuMemGetInfo())
+        return int(free)
+
+    def reserve(self, n_bytes: int) -> Reservation:
+        self._enter("reserve")
+        if n_bytes > _MAX_RESERVATION_BYTES:
+            raise OutOfAddressSpace(f"{n_bytes} bytes of addresses are more than {_MAX_RESERVATION_BYTES}")
+        code, base = self._cuda.cuMemAddressReserve(n_bytes, self.info.granularity_bytes, 0, 0)
+        if code == OUT_OF_MEMORY:
+            raise OutOfAddressSpace(
+                f"{self.info.device} has no free range of {format_bytes(n_bytes)}; lower max_tokens or the number of "
+                "slots"
+            )
+        if code != SUCCESS:
+            raise self._failure("reserve", code, f"{n_bytes} bytes")
+        reservation = Reservation(int(base), n_bytes)
+        with self._lock:
+            self._reservations.add(reservation)
+        return reservation
+
+    def free_reservation(self, reservation: Reservation) -> None:
+        self._enter("free_reservation")
+        with self._lock:  # before the call: from then on another thread may reserve the same addresses
+            if reservation not in self._reservations:
+                raise UsageError(f"{reservation} is not a live reservation of this driver")
+            self._reservations.remove(reservation)
+        (code,) = self._cuda.cuMemAddressFree(reservation.base, reservation.n_bytes)
+        if code != SUCCESS:
+            with self._lock:
+                self._reservations.add(reservation)
+            raise self._failure("free_reservation", code, _range(reservation.base, reservation.n_bytes))
+
+    def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
+        self._enter("create")
+        may_ask = True
+        for _ in places:
+            code, handle = self._cuda.cuMemCreate(page_bytes, self._properties, 0)
+            if code == OUT_OF_MEMORY and may_ask:
+                may_ask = False
+                self._runtime.free_cached_memory()
+                code, handle = self._cuda.cuMemCreate(page_bytes, self._properties, 0)
+            if code == OUT_OF_MEMORY:
+                raise OutOfPages(f"{self.info.device} has no memory for another page of {format_bytes(page_bytes)}")
+            if code != SUCCESS:
+                raise self._failure("create", code, f"a page of {page_bytes} bytes")
+            page = Handle(int(handle))
+            self._pages[page] = page_bytes
+            created.append(page)
+
+    def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
+        self._enter("map")
+        call = self._cuda.cuMemMap
+        for n_done, (address, handle) in enumerate(zip(addresses, handles, strict=True)):
+            (code,) = call(address, page_bytes, 0, handle, 0)
+            if code != SUCCESS:
+                code = self._once_more(code, call, address, page_bytes, 0, handle, 0)
+                if code != SUCCESS:
+                    raise self._mapping_failure("map", code, (address, page_bytes), n_done)
+
+    def set_access(self, spans: Sequence[Span]) -> None:
+        self._enter("set_access")
+        call = self._cuda.cuMemSetAccess
+        for n_done, (address, n_bytes) in enumerate(spans):
+            (code,) = call(address, n_bytes, self._access, 1)
+            if code != SUCCESS:
+                code = self._once_more(code, call, address, n_bytes, self._access, 1)
+                if code != SUCCESS:
+                    raise self._mapping_failure("set_access", code, (address, n_bytes), n_done)
+
+    def unmap(self, spans: Sequence[Span]) -> None:
+        self._enter("unmap")
+        call = self._cuda.cuMemUnmap
+        for n_done, (address, n_bytes) in enumerate(spans):
+            (code,) = call(address, n_bytes)
+            if code != SUCCESS:
+                code = self._once_more(code, call, address, n_bytes)
+                if code != SUCCESS:
+                    raise self._mapping_failure("unmap", code, (address, n_bytes), n_done)
+
+    def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
+        self._enter("release")
+        with self._lock:
+            if any(self._pages.get(handle) != page_bytes for handle in handles) or len(set(handles)) < len(handles):
+                raise UsageError(
+                    f"release of a handle that is not a live page of {page_bytes} bytes of this driver, or of one twice"
+                )
+            for handle in handles:  # before the calls: CUDA may give their numbers to another thread's pages
+                del self._pages[handle]
+        n_done = 0
+        try:
+            for handle in handles:
+                (code,) = self._cuda.cuMemRelease(handle)
+                if code != SUCCESS:
+                    raise self._failure("release", code, f"handle {handle:#x}", n_done)
+                n_done += 1
+        finally:
+            self._pages.update(dict.fromkeys(handles[n_done:], page_bytes))
+
+    def scrub(self, spans: Sequence[Span]) -> None:
+        self._enter("scrub")
+        self._launch("scrub", self._cuda.cuMemsetD8Async, [(address, 0, n_bytes) for address, n_bytes in spans])
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        self._enter("copy")
+        self._launch("copy", self._cuda.cuMemcpyDtoDAsync, [(target, source, n) for source, target, n in copies])
+
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        self._enter("copy_to_host")
+        target = (ctypes.c_char * buffer.nbytes).from_buffer(buffer)
+        arguments = (ctypes.addressof(target), address, buffer.nbytes)
+        self._launch("copy_to_host", self._cuda.cuMemcpyDtoHAsync, [arguments])
+        return self._fence_on([self.current_stream()], keep=target)
+
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        self._enter("copy_from_host")
+        given = ctypes.c_char * buffer.nbytes
+        # ctypes takes no address of read-only memory
+        source = given.from_buffer_copy(buffer) if buffer.readonly else given.from_buffer(buffer)
+        arguments = (address, ctypes.addressof(source), buffer.nbytes)
+        self._launch("copy_from_host", self._cuda.cuMemcpyHtoDAsync, [arguments])
+        return self._fence_on([self.current_stream()], keep=source)
+
+    def bind_thread(self) -> None:
+        self._require_open("bind_thread")
+        self._require_context()
+        if getattr(self._threads, "stream", None) is not None:
+            return
+        with self._lock:
+            stream = self._idle_streams.pop() if self._idle_streams else None
+        if stream is None:
+            flags = self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+            code, stream = self._cuda.cuStreamCreate(flags)
+            if code != SUCCESS:
+                raise self._failure("bind_thread", code, "a stream for this thread")
+            self._streams.append(stream)
+        self._threads.stream = stream
+        weakref.finalize(threading.current_thread(), self._idle_streams.append, stream).atexit = False
+
+    def current_stream(self) -> int:
+        own = getattr(self._threads, "stream", None)
+        return self._runtime.current_stream() if own is None else int(own)
+
+    def fence(self, streams: Collection[int] = ()) -> Fence:
+        self._enter("fence")
+        return self._fence_on({self.current_stream(), *streams})
+
+    def close(self) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        if self._reservations and self._lost is None:
+            raise UsageError(f"{len(self._reservations)} reservations are still open; close their caches first")
+        self._closed = True
+        if self._lost is not None:
+            return
+        self._require_context()
+        # What fails here has nobody left to hear of it, and goes with the process.
+        for event in self._events:
+            self._cuda.cuEventDestroy(event)
+        for stream in self._streams:
+            self._cuda.cuStreamDestroy(stream)
+        for handle in self._pages:
+            self._cuda.cuMemRelease(handle)
+        self._cuda.cuDevicePrimaryCtxRelease(self._device)
+
+    def _enter(self, operation: str) -> None:
+        self._require_open(operation)
+        self._require_context()
+        self.calls[operation] += 1
+
+    def _require_open(self, operation: str) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"{operation} in a forked child: the cache belongs to process {self._pid}, and CUDA does not survive a "
+                "fork; spawn the process instead"
+            )
+        if self._closed:
+            raise UsageError(f"{operation} on a closed driver")
+        if self._lost is not None:
+            raise self._lost_error(operation)
+
+    def _require_context(self) -> None:
+        """Make the primary context current in a thread that has none."""
+        current = _answer(self._cuda.cuCtxGetCurrent())
+        if int(current) == int(self._context):
+            return
+        if int(current) != 0:
+            raise UsageError(
+                f"another CUDA context is current in this thread; leave it, memory on cuda:{int(self._device)} belongs "
+                "to the device's primary context"
+            )
+        _answer(self._cuda.cuCtxSetCurrent(self._context))
+
+    def _launch(self, operation: str, call: Callable[..., Any], batch: Sequence[tuple[int, ...]]) -> None:
+        """Queue a call per item on the current stream.
+
+        Waits for the stream in a thread of ours, and where something failed: then nothing of it may still run.
+        """
+        stream, n_done = self.current_stream(), 0
+        try:
+            for arguments in batch:
+                (code,) = call(*arguments, stream)
+                if code != SUCCESS:
+                    raise self._failure(operation, code, f"({', '.join(map(hex, arguments))})", n_done)
+                n_done += 1
+        except BaseException:
+            if self._lost is None:
+                self._cuda.cuStreamSynchronize(stream)
+            raise
+        if getattr(self._threads, "stream", None) is not None:
+            (code,) = self._cuda.cuStreamSynchronize(stream)
+            if code != SUCCESS:
+                raise self._failure(operation, code, "waiting for the stream")
+
+    def _fence_on(self, streams: Collection[int], keep: object = None) -> Fence:
+        fence = _EventFence(self, keep)
+        for stream in streams:
+            fence.events.append(self._take_event())
+            (code,) = self._cuda.cuEventRecord(fence.events[-1], stream)
+            if code != SUCCESS:
+                raise self._failure("fence", code, f"stream {stream:#x}")
+        return fence
+
+    def _take_event(self) -> Any:
+        with self._lock:
+            if self._idle_events:
+                return self._idle_events.pop()
+        code, event = self._cuda.cuEventCreate(self._cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        if code != SUCCESS:
+            raise self._failure("fence", code, "a new event")
+        self._events.append(event)
+        return event
+
+    def _once_more(self, code: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Answer NOT_READY, which some systems give while the device works, by waiting for it and asking again."""
+        if code != NOT_READY:
+            return code
+        self._cuda.cuCtxSynchronize()
+        return call(*arguments)[0]
+
+    def _mapping_failure(self, operation: str, code: Any, span: Span, n_done: int) -> VmemError:
+        if code != OUT_OF_MEMORY:
+            return self._failure(operation, code, _range(*span), n_done)
+        error = OutOfMappings(
+            f"{self.info.device} refuses another mapping in {operation} of {_range(*span)}; use larger pages"
+        )
+        error.n_done = n_done
+        return error
+
+    def _failure(self, operation: str, code: Any, what: str, n_done: int = 0) -> DriverError:
+        """Describe a failed call. It may be an earlier launch that failed, which only the device can tell."""
+        detail = f"{what} on cuda:{int(self._device)}"
+        (reported,) = (code,) if int(code) in LOST_CODES else self._cuda.cuCtxSynchronize()
+        if reported not in (SUCCESS, code):
+            detail += f"; the device reports {reported.name} ({int(reported)}) from earlier work"
+        error = DriverError(operation, int(code), code.name, n_done, detail)
+        if int(code) in LOST_CODES or int(reported) in LOST_CODES:
+            error.is_fatal = True
+            self._lost = self._lost or error
+        return error
+
+    def _lost_error(self, operation: str) -> DriverError:
+        lost = self._lost
+        assert lost is not None
+        error = DriverError(operation, lost.code, lost.name, 0, f"not tried: the device was lost in {lost}")
+        error.is_fatal = True
+        return error
+
+
+class _EventFence:
+    """Events, one per stream. They go back to their driver when nobody holds the fence any more."""
+
+    def __init__(self, driver: CudaDriver, keep: object) -> None:
+        self.events: list[Any] = []
+        self._driver = driver
+        self._keep = keep  # memory of the host that the device still reads or writes
+        self._has_passed = False
+
+    def passed(self) -> bool:
+        """Whether all streams have come past their event."""
+        return self._has_passed or self._ask(self._driver._cuda.cuEventQuery)
+
+    def wait(self) -> None:
+        """Block until then."""
+        if not self._has_passed:
+            self._ask(self._driver._cuda.cuEventSynchronize)
+
+    def _ask(self, call: Callable[..., Any]) -> bool:
+        driver = self._driver
+        for event in self.events:
+            if driver._lost is not None or driver._closed:
+                break  # a device that is lost runs nothing
+            driver._require_context()
+            (code,) = call(event)
+            if code == NOT_READY:
+                return False
+            if code != SUCCESS:
+                raise driver._failure("fence", code, "an event")
+        self._has_passed = True
+        self._keep = None
+        return True
+
+    def __del__(self) -> None:
+        self._driver._idle_events.extend(self.events)
+
+
+def _load_cuda() -> Any:
+    try:
+        from cuda.bindings import driver as cuda
+    except ImportError as error:
+        raise ConfigError(f"cuda-python is missing ({error}); pip install 'vmem_kv[cuda]'") from error
+    try:
+        (code,) = cuda.cuInit(0)
+    except RuntimeError as error:
+        raise ConfigError(
+            "no NVIDIA driver: libcuda.so.1 was not found; install the driver on a machine with an NVIDIA GPU, or use "
+            "device 'cpu'"
+        ) from error
+    if code != SUCCESS:
+        advice = MISSING_CODES.get(int(code), "check nvidia-smi")
+        raise ConfigError(f"CUDA cannot be used: cuInit answers {code.name} ({int(code)}); {advice}")
+    return cuda
+
+
+def _find_device(cuda: Any, index: int) -> Any:
+    n_devices = int(_answer(cuda.cuDeviceGetCount()))
+    if not 0 <= index < n_devices:
+        raise ConfigError(
+            f"there is no device cuda:{index}: the NVIDIA driver sees {n_devices}; check CUDA_VISIBLE_DEVICES"
+        )
+    device = _answer(cuda.cuDeviceGet(index))
+    supported = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    if not _answer(cuda.cuDeviceGetAttribute(supported, device)):
+        raise ConfigError(f"cuda:{index} has no virtual memory management, which vmem_kv is built on; use another GPU")
+    return device
+
+
+def _page_properties(cuda: Any, index: int) -> Any:
+    properties = cuda.CUmemAllocationProp()
+    properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = index
+    return properties
+
+
+def _read_write(cuda: Any, index: int) -> list[Any]:
+    access = cuda.CUmemAccessDesc()
+    access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    access.location.id = index
+    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return [access]
+
+
+def _answer(result: Any) -> Any:
+    """The value of a call that asks something and cannot break off half-way."""
+    code, *values = result
+    if code != SUCCESS:
+        error = DriverError("query", int(code), code.name)
+        error.is_fatal = int(code) in LOST_CODES
+        raise error
+    return values[0] if len(values) == 1 else values
+
+
+def _range(address: int, n_bytes: int) -> str:
+    return f"[{address:#x}, {address + n_bytes:#x})"
