@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
-import vmem_kv.attention.sdpa
+import vmem_kv.integrations.hf_attention
 from benchmarks import process
 from vmem_kv import models
 from vmem_kv.integrations.hf import VmemCache
@@ -283,7 +283,7 @@ def load_model(name: str | None, dtype: str) -> PreTrainedModel:
     """Load a model as `vmem_kv.models` does, or make the tiny one."""
     if name != TINY:
         return models.load(name, dtype=dtype)[0]
-    vmem_kv.attention.sdpa.register()
+    vmem_kv.integrations.hf_attention.register()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

@@ -74,9 +74,9 @@ def load(
         "trust_remote_code": False,
     }
     if attention == "vmem_kv":
-        import vmem_kv.attention.sdpa
+        import vmem_kv.integrations.hf_attention
 
-        vmem_kv.attention.sdpa.register()
+        vmem_kv.integrations.hf_attention.register()
     where = " (the hub cannot be reached: name a local folder)" if is_offline else ""
     with _quiet_transformers(), _config_errors(f"cannot load {name or DEFAULT_MODEL}{where}"):
         model = AutoModelForCausalLM.from_pretrained(

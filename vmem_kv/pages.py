@@ -282,7 +282,7 @@ class PagePool:
             if not ledger.charge_mappings(n_mappings, limit):
                 raise OutOfMappings(
                     f"{n_mappings} more mappings are needed, {ledger.n_mappings} of {limit} are used; use larger "
-                    "pages, a layout with fewer planes, or raise vm.max_map_count"
+                    f"pages, a layout with fewer planes, or {self.driver.info.mappings_advice}"
                 )
             self.n_mappings += n_mappings
 

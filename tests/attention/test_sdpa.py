@@ -1,71 +1,122 @@
-"""The registered attention function against a plain reference in float64."""
+"""The reference kernel against the definition of attention, in float64, over K and V that are NaN between the rows."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+from vmem_kv.attention import sdpa
+from vmem_kv.attention.base import AttentionSpec
+from vmem_kv.attention.sdpa import Sdpa
 
-from vmem_kv.attention.sdpa import packed_sdpa_attention
-from vmem_kv.errors import ConfigError
+from .harness import MIXES, Seq, assert_same, build_batch, make_case, reference, spec
 
-
-class FakeModule(torch.nn.Module):
-    """What transformers' attention functions read off a module."""
-
-    is_causal = True
-
-    def __init__(self, n_groups):
-        super().__init__()
-        self.num_key_value_groups = n_groups
-
-
-def reference(query, key, value, mask, scale):
-    query, key, value = (t.double() for t in (query, key, value))
-    n_groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(n_groups, 1) for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+EXTRAS = {
+    "plain": {},
+    "window": {"window": 24},
+    "window of one": {"window": 1},
+    "window longer than all": {"window": 5000},
+    "softcap": {"softcap": 2.5},
+    "sinks": {"has_sinks": True},
+    "all": {"window": 24, "softcap": 2.5, "has_sinks": True},
+    "not causal": {"is_causal": False},
+}
 
 
+def check(asked: AttentionSpec, sequences: list[Seq], layout: str = "per_layer") -> None:
+    case = make_case(asked, sequences, layout=layout)
+    output = Sdpa().bind(asked, "cpu")(*case.arguments)
+    assert_same(asked, output, reference(asked, case))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_every_mix_with_every_option(mix: str, extras: str) -> None:
+    check(spec(dtype=torch.float32, head_dim=32, **EXTRAS[extras]), MIXES[mix])
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "per_head", "token_major"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("batch", "n_heads", "n_kv"), [(1, 9, 3), (4, 9, 3), (1, 4, 4), (2, 8, 1)])
-@pytest.mark.parametrize("n_tokens", [1, 17, 600])
-def test_decoding_matches_a_plain_reference(dtype, batch, n_heads, n_kv, n_tokens):
-    generator = torch.Generator().manual_seed(n_tokens)
-    query = torch.randn(batch, n_heads, 1, 32, generator=generator).to(dtype)
-    # Strided, as the cache hands it out: head and row strides far larger than the length.
-    key, value = (torch.randn(batch, n_kv, 1024, 32, generator=generator).to(dtype)[:, :, :n_tokens] for _ in "kv")
-    output, weights = packed_sdpa_attention(FakeModule(n_heads // n_kv), query, key, value, None, scaling=0.3)
-    assert weights is None
-    assert output.shape == (batch, 1, n_heads, 32)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-    torch.testing.assert_close(output.double(), reference(query, key, value, None, 0.3), atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize(("n_q_heads", "n_kv_heads"), [(4, 4), (6, 2), (8, 1), (1, 1)])
+def test_layouts_dtypes_and_groupings(layout: str, dtype: torch.dtype, n_q_heads: int, n_kv_heads: int) -> None:
+    asked = spec(n_q_heads, n_kv_heads, 16, dtype=dtype)
+    check(asked, MIXES["mixed off the base, some idle"], layout)
+    check(asked, MIXES["decode of equal lengths"], layout)
 
 
-@pytest.mark.parametrize("is_bool", [True, False])
-@pytest.mark.parametrize("mask_heads", [1, 6])
-def test_masks_reach_the_packed_heads(is_bool, mask_heads):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 6, 1, 16), torch.randn(3, 2, 40, 16), torch.randn(3, 2, 40, 16)
-    allowed = torch.rand(3, mask_heads, 1, 40) < 0.6
-    allowed[..., 0] = True
-    mask = allowed if is_bool else torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-    output, _ = packed_sdpa_attention(FakeModule(3), query, key, value, mask, scaling=0.25)
-    torch.testing.assert_close(output.double(), reference(query, key, value, mask, 0.25), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    check(spec(4, 2, head_dim, dtype=dtype), MIXES["mixed"])
 
 
-def test_several_query_tokens_go_to_the_stock_function():
-    torch.manual_seed(0)
-    query, key, value = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
-    output, _ = packed_sdpa_attention(FakeModule(2), query, key, value, None, scaling=0.25)
-    torch.testing.assert_close(output.double(), reference(query, key, value, causal, 0.25), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("extras", EXTRAS)
+def test_values_of_another_size_than_keys(extras: str) -> None:
+    asked = spec(4, 1, 72, 64, dtype=torch.float32, **EXTRAS[extras])
+    check(asked, MIXES["mixed"])
 
 
-@pytest.mark.parametrize("what", ["softcap", "s_aux"])
-def test_what_the_kernel_lacks_is_refused(what):
-    states = torch.zeros(1, 1, 1, 8)
-    with pytest.raises(ConfigError, match="eager"):
-        packed_sdpa_attention(FakeModule(1), states, states, states, None, **{what: 30.0})
+def test_more_query_heads_to_a_key_head_than_a_block_has_rows() -> None:
+    assert sdpa.BLOCK_ROWS < 300
+    check(spec(300, 1, 8, dtype=torch.float32), [Seq(3, 5, 1), Seq(1, 5, 0)])
+
+
+@pytest.mark.parametrize("n_queries", [63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("window", [None, 10, 64, 100])
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_edges_of_blocks(n_queries: int, window: int | None, softcap: float | None) -> None:
+    asked = spec(4, 1, 8, dtype=torch.float32, window=window, softcap=softcap)
+    check(asked, [Seq(n_queries, 130, 2, 5), Seq(2, 2, 0)])
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    asked = spec()
+    case = make_case(asked, [Seq(0, 3, 1)])
+    output = Sdpa().bind(asked, "cpu")(*case.arguments)
+    assert output.shape == (0, 4, 64)
+    assert output.dtype == asked.dtype
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("past", ["before the start", "behind the end"])
+def test_a_row_too_many_shows(extras: str, past: str) -> None:
+    """The rows around a sequence are NaN, so the tests above see every row that is read and not its own."""
+    asked = spec(dtype=torch.float32, **EXTRAS[extras])
+    right = Seq(4, 20, 1, 7)
+    wrong = Seq(4, 21, 1, 6 if past == "before the start" else 7)
+    case = make_case(asked, [right])
+    output = Sdpa().bind(asked, "cpu")(case.query, case.kv, build_batch([wrong]), case.sinks)
+    is_in_reach = past == "behind the end" or asked.window is None or asked.window > 20
+    assert bool(output.isnan().any()) == is_in_reach
+
+
+@pytest.mark.parametrize(
+    ("sequences", "n_calls", "n_copies"),
+    [
+        (MIXES["decode of equal lengths"], 1, 0),
+        ([Seq(1, 33, slot) for slot in (0, 2, 4, 7, 6)], 1, 1),
+        ([Seq(1, 30, 0), Seq(1, 20, 3), Seq(1, 17, 1), Seq(1, 15, 2)], 1, 1),
+        ([Seq(1, 600, 0), Seq(1, 599, 3)], 2, 0),
+        (MIXES["prefill"], 1 + 1 + 5 + 1, 0),
+    ],
+)
+def test_how_sequences_share_calls(sequences: list[Seq], n_calls: int, n_copies: int) -> None:
+    kernel = sdpa._Sdpa(spec(4, 2, 64, dtype=torch.float32))
+    strided, gathered = kernel._plan(build_batch(sequences))
+    assert (len(strided), len(gathered)) == (n_calls, n_copies)
+
+
+def test_a_batch_is_planned_once_for_all_layers() -> None:
+    kernel = sdpa._Sdpa(spec())
+    batch = build_batch(MIXES["mixed"])
+    assert kernel._plan(batch) is kernel._plan(batch)
+    assert kernel._plan(batch) is not kernel._plan(build_batch(MIXES["mixed"]))
+
+
+def test_a_batch_planned_in_inference_mode_serves_outside_of_it() -> None:
+    asked = spec(dtype=torch.float32)
+    case = make_case(asked, MIXES["mixed"])
+    kernel = Sdpa().bind(asked, "cpu")
+    with torch.inference_mode():
+        inferred = kernel(*case.arguments)
+    assert torch.equal(inferred, kernel(*case.arguments))

@@ -6,18 +6,23 @@ import gc
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.checked import CheckedDriver
-from vmem_kv.driver.host import HostDriver
 from vmem_kv.driver.ledger import Ledger
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import PagePool
 from vmem_kv.testing import FaultyDriver, HostMemory
 
+from .backends import open_backend, physical_bytes
+
 PAGE = mmap.PAGESIZE
+
+OpenBench = Callable[..., "Bench"]
+"""Opens a `Bench` on one of the backends, with a `Bench`'s arguments."""
 
 MIXED = (
     LayerSpec(TensorSpec(3, 56, 2), TensorSpec(1, 24, 4)),
@@ -32,21 +37,21 @@ def make_layout(kind: str = "per_layer", *, n_slots: int = 4, max_tokens: int = 
 
 
 class Bench:
-    """A host driver that can fail, under a driver that checks, under a pool and a cache."""
+    """A driver that can fail, under one that checks, under a pool and a cache."""
 
     def __init__(
         self,
         kind: str = "per_layer",
         *,
-        path: str = "python",
+        backend: str = "python",
         max_pages: int = 64,
         keep_freed: bool = False,
         n_slots: int = 4,
         max_tokens: int = 48,
         page_bytes: int = PAGE,
     ) -> None:
-        self.host = HostDriver(path, ledger=Ledger())
-        self.faulty = FaultyDriver(self.host)
+        self.device = open_backend(backend, Ledger())
+        self.faulty = FaultyDriver(self.device)
         self.driver = CheckedDriver(self.faulty)
         self.pool = PagePool(self.driver, page_bytes, max_pages, keep_freed=keep_freed)
         self.layout = make_layout(kind, n_slots=n_slots, max_tokens=max_tokens, page_bytes=page_bytes)
@@ -81,6 +86,10 @@ class Bench:
         self.fill(slot_id, n_tokens, fill)
         return slot_id
 
+    def physical_bytes(self) -> int:
+        """Memory behind the driver now, by the count of whoever is below it."""
+        return physical_bytes(self.device)
+
     def mapped_addresses(self) -> set[int]:
         """What the driver has mapped in this cache's region, by its own books."""
         reservation = self.cache.region.reservation
@@ -94,7 +103,7 @@ class Bench:
         n_stuck = sum(len(stuck.range[1]) for stuck in self.cache.region._stuck)
         assert stats.n_live_pages + stats.n_warm_pages + stats.n_pending_pages + n_stuck == len(self.mapped_addresses())
         assert stats.n_owned_pages == self.driver.n_live_handles
-        assert self.host.physical_bytes() == stats.owned_bytes
+        assert self.physical_bytes() == stats.owned_bytes
         assert stats.n_in_flight_pages == 0
 
     def retire_all(self) -> None:
@@ -108,9 +117,9 @@ class Bench:
         n_lost = self.pool.n_quarantined
         assert (self.driver.n_live_mappings, self.driver.n_live_reservations) == (0, 0)
         assert self.driver.n_live_handles == n_lost == self.pool.n_owned
-        assert self.host.physical_bytes() == n_lost * self.pool.page_bytes
+        assert self.physical_bytes() == n_lost * self.pool.page_bytes
         assert self.pool.n_mappings == 0
-        self.host.close()
+        self.device.close()
 
 
 class Baseline(NamedTuple):

@@ -1,27 +1,35 @@
-"""Fixtures of the core tests. Everything runs on the native and on the Python path of the host driver."""
+"""Fixtures of the core tests. The allocator runs on both ways of the host driver and on CUDA's emulated device."""
 
 from __future__ import annotations
 
-import shutil
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from vmem_kv.driver.host import HostDriver
-from vmem_kv.driver.host_mapper import find_native_library
+
+from .backends import BACKENDS, require_native
+from .bench import Bench, OpenBench
 
 
 @pytest.fixture(params=["native", "python"])
 def path(request: pytest.FixtureRequest) -> str:
     """Both ways of the host driver. A missing native part is a failure where it could have been built."""
-    if request.param == "native":
-        try:
-            find_native_library()
-        except OSError as error:
-            if any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-                pytest.fail(f"{error}, but a C compiler is here: build it (pip install -e .)")
-            pytest.skip("no C compiler: the native part cannot be built here")
+    require_native(request.param)
     return str(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every driver that the allocator is tested on."""
+    return str(request.param)
+
+
+@pytest.fixture
+def open_bench(backend: str) -> OpenBench:
+    """Open benches on one backend."""
+    return functools.partial(Bench, backend=backend)
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 from vmem_kv.cache import KVCache
-from vmem_kv.driver.base import PASSED
+from vmem_kv.driver.base import PASSED, Driver
 from vmem_kv.driver.checked import CheckedDriver
-from vmem_kv.driver.host import HostDriver
 from vmem_kv.errors import CapacityError, DriverError, OutOfPages, OutOfSlots, UsageError, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.pages import PagePool
@@ -28,6 +27,7 @@ from vmem_kv.testing import (
     no_faults,
 )
 
+from .backends import open_backend, physical_bytes
 from .bench import PAGE, Bench, make_layout
 
 MAX_TOKENS = 48
@@ -44,11 +44,12 @@ class Run(Bench):
         n_slots: int = 4,
         max_pages: int = 40,
         keep_freed: bool = False,
-        host: HostDriver | None = None,
+        backend: str = "native",
+        device: Driver | None = None,
     ) -> None:
-        self.history = [f"run = Run({kind!r}, n_slots={n_slots}, max_pages={max_pages}, keep_freed={keep_freed})"]
-        self.host = host or HostDriver()
-        self.faulty = FaultyDriver(self.host)
+        self.history = [f"run = Run({kind!r}, n_slots={n_slots}, max_pages={max_pages}, {keep_freed=}, {backend=})"]
+        self.device = device or open_backend(backend)
+        self.faulty = FaultyDriver(self.device)
         self.driver = CheckedDriver(self.faulty)
         self.memory = HostMemory()
         self.pool = PagePool(self.driver, PAGE, max_pages, keep_freed=keep_freed)
@@ -221,9 +222,9 @@ class Run(Bench):
         lost = list(self.pool._quarantined)
         assert self.driver.n_live_mappings == self.driver.n_live_reservations == self.pool.n_mappings == 0
         assert self.driver.n_live_handles == len(lost) == self.pool.n_owned
-        assert self.host.physical_bytes() == len(lost) * PAGE
+        assert self.physical_bytes() == len(lost) * PAGE
         for handle in lost:
-            self.host.release(PAGE, [handle])
+            self.device.release(PAGE, [handle])
 
     # What the choice of the next operation may look at
 
@@ -359,13 +360,14 @@ def _length(run: Run, slot: int, choose: random.Random) -> int:
     return choose.randint(state.first_token, max(state.n_tokens, state.first_token))
 
 
-def random_run(seed: int, n_ops: int, host: HostDriver, kinds: Sequence[str] = KINDS) -> tuple[int, int]:
+def random_run(seed: int, n_ops: int, backend: str = "native", kinds: Sequence[str] = KINDS) -> tuple[int, int]:
     """Do `n_ops` operations; return how many were done and how many faults they met.
 
     Raises:
         AssertionError: Something is wrong; the message ends with a program that repeats it.
     """
     choose = random.Random(seed)
+    device = open_backend(backend)
     n_done = n_faults = 0
     while n_done < n_ops:
         run = Run(
@@ -373,7 +375,8 @@ def random_run(seed: int, n_ops: int, host: HostDriver, kinds: Sequence[str] = K
             n_slots=choose.randint(2, 6),
             max_pages=choose.randint(12, 60),
             keep_freed=choose.random() < 0.5,
-            host=host,
+            backend=backend,
+            device=device,
         )
         try:
             while run.n_ops < 300 and n_done + run.n_ops < n_ops and run.n_broken() < 2:
@@ -383,4 +386,6 @@ def random_run(seed: int, n_ops: int, host: HostDriver, kinds: Sequence[str] = K
             raise AssertionError(f"seed {seed}: {error!r}. To repeat it:\n\n{run.script()}\n") from error
         n_done += run.n_ops
         n_faults += run.n_faults
+    assert physical_bytes(device) == 0
+    device.close()
     return n_done, n_faults

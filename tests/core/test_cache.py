@@ -19,28 +19,28 @@ from vmem_kv.growth import SlotId
 from vmem_kv.layout import LAYOUT_KINDS
 from vmem_kv.testing import ManualFence, driver_error, fail_from, fail_kind
 
-from .bench import PAGE, Bench, books, make_layout
+from .bench import PAGE, Bench, OpenBench, books, make_layout
 from .subprocesses import output_of
 
 
-def test_acquire_maps_nothing_and_ensure_maps_what_the_tokens_need(path: str) -> None:
-    bench = Bench(path=path)
+def test_acquire_maps_nothing_and_ensure_maps_what_the_tokens_need(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.cache.acquire()
-    assert bench.host.physical_bytes() == 0
+    assert bench.physical_bytes() == 0
     bench.cache.ensure({slot_id: 1})
     bench.check()
-    assert bench.host.physical_bytes() == 4 * PAGE  # one page in each of the four planes
+    assert bench.physical_bytes() == 4 * PAGE  # one page in each of the four planes
     bench.cache.ensure({slot_id: 40})
     bench.check()
-    assert bench.host.physical_bytes() == bench.layout.n_pages(40) * PAGE
+    assert bench.physical_bytes() == bench.layout.n_pages(40) * PAGE
     bench.fill(slot_id, 40)
     bench.cache.retire(slot_id)
     bench.close()
 
 
 @pytest.mark.parametrize("kind", LAYOUT_KINDS)
-def test_every_layout_keeps_every_token_while_sequences_grow(kind: str, path: str) -> None:
-    bench = Bench(kind, path=path, max_pages=200)
+def test_every_layout_keeps_every_token_while_sequences_grow(kind: str, open_bench: OpenBench) -> None:
+    bench = open_bench(kind, max_pages=200)
     slots = [bench.cache.acquire() for _ in range(4)]
     for n_tokens in (1, 7, 20, 48):
         bench.cache.ensure(dict.fromkeys(slots, n_tokens))
@@ -56,8 +56,8 @@ def test_every_layout_keeps_every_token_while_sequences_grow(kind: str, path: st
     bench.close()
 
 
-def test_a_sequence_that_shrinks_keeps_its_pages_and_grows_again_without_the_driver() -> None:
-    bench = Bench()
+def test_a_sequence_that_shrinks_keeps_its_pages_and_grows_again_without_the_driver(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(40)
     calls = dict(bench.driver.calls)
     bench.cache.ensure({slot_id: 3})
@@ -68,8 +68,8 @@ def test_a_sequence_that_shrinks_keeps_its_pages_and_grows_again_without_the_dri
     bench.close()
 
 
-def test_a_warm_slot_is_adopted_as_it_is_without_the_driver() -> None:
-    bench = Bench()
+def test_a_warm_slot_is_adopted_as_it_is_without_the_driver(open_bench: OpenBench) -> None:
+    bench = open_bench()
     bench.cache.retire(bench.grown(40))
     calls = dict(bench.driver.calls)
     slot_id = bench.cache.acquire(expected_tokens=40)
@@ -79,8 +79,8 @@ def test_a_warm_slot_is_adopted_as_it_is_without_the_driver() -> None:
     bench.close()
 
 
-def test_running_out_of_pages_reclaims_the_longest_retired_first_and_then_raises() -> None:
-    bench = Bench(max_pages=12)
+def test_running_out_of_pages_reclaims_the_longest_retired_first_and_then_raises(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=12)
     first, second, third = (bench.grown(1) for _ in range(3))
     bench.cache.retire(second)
     bench.cache.retire(first)
@@ -99,8 +99,8 @@ def test_running_out_of_pages_reclaims_the_longest_retired_first_and_then_raises
     bench.close()
 
 
-def test_a_length_beyond_the_slot_is_refused_and_changes_nothing() -> None:
-    bench = Bench()
+def test_a_length_beyond_the_slot_is_refused_and_changes_nothing(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     before = books(bench.cache)
     with pytest.raises(OutOfAddressSpace, match="max_tokens"):
@@ -110,8 +110,8 @@ def test_a_length_beyond_the_slot_is_refused_and_changes_nothing() -> None:
     bench.close()
 
 
-def test_misuse_is_a_usage_error_and_changes_nothing() -> None:
-    bench = Bench()
+def test_misuse_is_a_usage_error_and_changes_nothing(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     before = books(bench.cache)
     cold = SlotId(3)
@@ -141,8 +141,8 @@ def test_misuse_is_a_usage_error_and_changes_nothing() -> None:
     bench.close()
 
 
-def test_every_slot_in_use_is_out_of_slots() -> None:
-    bench = Bench()
+def test_every_slot_in_use_is_out_of_slots(open_bench: OpenBench) -> None:
+    bench = open_bench()
     for _ in range(4):
         bench.cache.acquire()
     before = books(bench.cache)
@@ -153,8 +153,8 @@ def test_every_slot_in_use_is_out_of_slots() -> None:
     bench.close()
 
 
-def test_neighbouring_slots_come_in_a_row_or_not_at_all() -> None:
-    bench = Bench()
+def test_neighbouring_slots_come_in_a_row_or_not_at_all(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slots = [bench.cache.acquire() for _ in range(4)]
     bench.cache.retire([slots[0], slots[2], slots[3]])
     assert list(bench.cache.acquire_adjacent(2)) == [2, 3]
@@ -166,23 +166,23 @@ def test_neighbouring_slots_come_in_a_row_or_not_at_all() -> None:
     bench.close()
 
 
-def test_a_closed_cache_refuses_and_closes_again() -> None:
-    bench = Bench()
+def test_a_closed_cache_refuses_and_closes_again(open_bench: OpenBench) -> None:
+    bench = open_bench()
     bench.close()
     bench.cache.close()
     with pytest.raises(UsageError, match="closed"):
         bench.cache.acquire()
 
 
-def test_a_cache_whose_pages_differ_from_the_pools_is_refused() -> None:
-    bench = Bench()
+def test_a_cache_whose_pages_differ_from_the_pools_is_refused(open_bench: OpenBench) -> None:
+    bench = open_bench()
     with pytest.raises(UsageError, match="page"):
         KVCache(bench.pool, make_layout(page_bytes=2 * PAGE))
     bench.close()
 
 
-def test_a_region_larger_than_the_address_space_is_refused_before_the_driver_is_asked() -> None:
-    bench = Bench()
+def test_a_region_larger_than_the_address_space_is_refused_before_the_driver_is_asked(open_bench: OpenBench) -> None:
+    bench = open_bench()
     calls = dict(bench.driver.calls)
     with pytest.raises(OutOfAddressSpace, match="lower max_tokens or n_slots"):
         KVCache(bench.pool, make_layout(n_slots=1 << 20, max_tokens=1 << 30))
@@ -193,8 +193,8 @@ def test_a_region_larger_than_the_address_space_is_refused_before_the_driver_is_
 # Fences
 
 
-def test_a_retired_slot_is_not_touched_before_its_fence_has_passed() -> None:
-    bench = Bench(max_pages=8)
+def test_a_retired_slot_is_not_touched_before_its_fence_has_passed(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=8)
     fence = ManualFence()
     slot_id = bench.grown(20)
     bench.cache.retire(slot_id, fence)
@@ -216,8 +216,8 @@ def test_a_retired_slot_is_not_touched_before_its_fence_has_passed() -> None:
     bench.close()
 
 
-def test_what_slid_out_of_a_window_is_unmapped_once_its_fence_has_passed() -> None:
-    bench = Bench()
+def test_what_slid_out_of_a_window_is_unmapped_once_its_fence_has_passed(open_bench: OpenBench) -> None:
+    bench = open_bench()
     fence = ManualFence()
     slot_id = bench.grown(48)
     mapped = bench.mapped_addresses()
@@ -240,8 +240,8 @@ def test_what_slid_out_of_a_window_is_unmapped_once_its_fence_has_passed() -> No
     bench.close()
 
 
-def test_a_slide_fence_outlives_the_retirement_of_its_slot() -> None:
-    bench = Bench()
+def test_a_slide_fence_outlives_the_retirement_of_its_slot(open_bench: OpenBench) -> None:
+    bench = open_bench()
     fence = ManualFence()
     slot_id = bench.grown(48)
     bench.cache.slide(slot_id, 30, fence)
@@ -255,8 +255,8 @@ def test_a_slide_fence_outlives_the_retirement_of_its_slot() -> None:
     bench.close()
 
 
-def test_a_slot_that_slid_is_unmapped_before_its_next_sequence() -> None:
-    bench = Bench(n_slots=1)
+def test_a_slot_that_slid_is_unmapped_before_its_next_sequence(open_bench: OpenBench) -> None:
+    bench = open_bench(n_slots=1)
     slot_id = bench.grown(48, domain="same")
     bench.cache.slide(slot_id, 40)
     bench.cache.retire(slot_id)
@@ -268,8 +268,8 @@ def test_a_slot_that_slid_is_unmapped_before_its_next_sequence() -> None:
 
 
 @pytest.mark.parametrize("kind", ["token_major", "per_layer"])
-def test_a_window_may_slide_over_everything_that_is_mapped(kind: str) -> None:
-    bench = Bench(kind, max_tokens=4096, max_pages=400, n_slots=1)
+def test_a_window_may_slide_over_everything_that_is_mapped(open_bench: OpenBench, kind: str) -> None:
+    bench = open_bench(kind, max_tokens=4096, max_pages=400, n_slots=1)
     # 1,024 tokens end exactly at a page in every plane, whose rows have 336, 96, 320, 448 bytes, or their sum.
     slot_id = bench.cache.acquire()
     bench.cache.ensure({slot_id: 1024})
@@ -292,8 +292,8 @@ def test_a_window_may_slide_over_everything_that_is_mapped(kind: str) -> None:
     bench.close()
 
 
-def test_a_slot_whose_window_slid_over_everything_starts_at_the_front_again() -> None:
-    bench = Bench("token_major", max_tokens=4096, max_pages=400, n_slots=1)
+def test_a_slot_whose_window_slid_over_everything_starts_at_the_front_again(open_bench: OpenBench) -> None:
+    bench = open_bench("token_major", max_tokens=4096, max_pages=400, n_slots=1)
     slot_id = bench.cache.acquire()
     bench.cache.ensure({slot_id: 1024})
     bench.cache.slide(slot_id, 1024)
@@ -305,8 +305,8 @@ def test_a_slot_whose_window_slid_over_everything_starts_at_the_front_again() ->
     bench.close()
 
 
-def test_growth_gets_the_pages_that_a_window_gave_up_behind_a_passed_fence() -> None:
-    bench = Bench(max_pages=18)
+def test_growth_gets_the_pages_that_a_window_gave_up_behind_a_passed_fence(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=18)
     fence = ManualFence()
     slot_id = bench.grown(48)
     assert bench.pool.n_available == 2
@@ -322,10 +322,11 @@ def test_growth_gets_the_pages_that_a_window_gave_up_behind_a_passed_fence() -> 
 
 
 def test_a_fence_that_passes_during_growth_does_not_make_the_slot_wait_for_itself(
+    open_bench: OpenBench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.5)
-    bench = Bench(max_pages=10)
+    bench = open_bench(max_pages=10)
 
     class PassesWhenAskedTwice(ManualFence):
         def passed(self) -> bool:
@@ -346,8 +347,8 @@ def test_a_fence_that_passes_during_growth_does_not_make_the_slot_wait_for_itsel
     bench.close()
 
 
-def test_pages_that_a_slide_frees_count_as_reclaimed() -> None:
-    bench = Bench(max_pages=18)
+def test_pages_that_a_slide_frees_count_as_reclaimed(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=18)
     fence = ManualFence()
     slot_id = bench.grown(48)
     bench.cache.slide(slot_id, 40, fence)
@@ -365,8 +366,8 @@ def test_pages_that_a_slide_frees_count_as_reclaimed() -> None:
 # Failures
 
 
-def test_close_unmaps_the_rest_when_one_unmap_fails_and_tries_again_when_called_again() -> None:
-    bench = Bench()
+def test_close_unmaps_the_rest_when_one_unmap_fails_and_tries_again_when_called_again(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slots = [bench.grown(20) for _ in range(3)]
     bench.cache.retire(slots)
     with bench.faulty.failing(fail_kind("unmap", 2)), pytest.raises(DriverError):
@@ -378,8 +379,8 @@ def test_close_unmaps_the_rest_when_one_unmap_fails_and_tries_again_when_called_
     assert bench.pool.n_quarantined == 0
 
 
-def test_a_slot_that_broke_is_not_handed_out_again() -> None:
-    bench = Bench(n_slots=2)
+def test_a_slot_that_broke_is_not_handed_out_again(open_bench: OpenBench) -> None:
+    bench = open_bench(n_slots=2)
     bench.cache.retire(bench.grown(5))
     with bench.faulty.failing(fail_kind("unmap", 1)), pytest.raises(DriverError):
         bench.cache.reclaim(100)
@@ -391,8 +392,8 @@ def test_a_slot_that_broke_is_not_handed_out_again() -> None:
     bench.close()
 
 
-def test_after_a_failed_close_broken_slots_are_not_handed_out() -> None:
-    bench = Bench(n_slots=2)
+def test_after_a_failed_close_broken_slots_are_not_handed_out(open_bench: OpenBench) -> None:
+    bench = open_bench(n_slots=2)
     bench.cache.retire([bench.grown(5), bench.grown(5)])
     with bench.faulty.failing(fail_kind("unmap", 1)), pytest.raises(DriverError):
         bench.cache.close()
@@ -402,8 +403,8 @@ def test_after_a_failed_close_broken_slots_are_not_handed_out() -> None:
     bench.close()
 
 
-def test_a_slot_whose_undo_failed_says_so_and_can_be_retired() -> None:
-    bench = Bench()
+def test_a_slot_whose_undo_failed_says_so_and_can_be_retired(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     plan = fail_kind("set_access", None, driver_error())
     with (
@@ -424,8 +425,8 @@ def test_a_slot_whose_undo_failed_says_so_and_can_be_retired() -> None:
     bench.close()
 
 
-def test_a_dead_driver_leaves_consistent_books() -> None:
-    bench = Bench(keep_freed=True)
+def test_a_dead_driver_leaves_consistent_books(open_bench: OpenBench) -> None:
+    bench = open_bench(keep_freed=True)
     first, second = bench.grown(30), bench.grown(10)
     with bench.faulty.failing(fail_from(1, driver_error())):
         for call in (
@@ -452,14 +453,14 @@ def test_a_dead_driver_leaves_consistent_books() -> None:
 # Mappings
 
 
-def test_the_mapping_budget_is_checked_before_the_driver_is_asked() -> None:
-    bench = Bench("per_head")
-    object.__setattr__(bench.driver.info, "max_mappings", 2 * len(bench.layout.planes))
+def test_the_mapping_budget_is_checked_before_the_driver_is_asked(open_bench: OpenBench) -> None:
+    bench = open_bench("per_head")
     first = bench.grown(48)
+    object.__setattr__(bench.driver.info, "max_mappings", bench.pool.n_mappings)
     second = bench.cache.acquire(expected_tokens=0)
     n_maps = bench.driver.calls["map"]
     before = books(bench.cache)
-    with pytest.raises(OutOfMappings, match=r"vm\.max_map_count"):
+    with pytest.raises(OutOfMappings, match=r"use larger pages, a layout with fewer planes, or raise"):
         bench.cache.ensure({second: 1})
     assert bench.driver.calls["map"] == n_maps
     assert books(bench.cache) == before
@@ -471,7 +472,7 @@ def test_the_mapping_budget_is_checked_before_the_driver_is_asked() -> None:
     bench.close()
 
 
-def test_growing_a_row_of_neighbours_costs_no_further_mapping() -> None:
+def test_growing_a_row_of_neighbours_costs_no_further_mapping_where_they_merge() -> None:
     bench = Bench()
     slot_id = bench.grown(1)
     assert bench.pool.n_mappings == 2 * 4
@@ -486,16 +487,30 @@ def test_growing_a_row_of_neighbours_costs_no_further_mapping() -> None:
     bench.close()
 
 
+def test_every_page_costs_a_mapping_where_neighbours_do_not_merge() -> None:
+    bench = Bench(backend="cuda")
+    slot_id = bench.grown(48)
+    assert bench.pool.n_mappings == bench.layout.n_pages(48) > 4
+    bench.cache.slide(slot_id, 40)
+    assert bench.pool.n_mappings == bench.cache.stats().n_live_pages
+    bench.retire_all()
+    bench.cache.reclaim(1000)
+    assert bench.pool.n_mappings == 0
+    bench.close()
+
+
 # Forks
 
 
-def test_every_call_of_a_cache_is_refused_in_a_forked_child_even_while_its_lock_is_held(path: str) -> None:
+def test_every_call_of_a_cache_is_refused_in_a_forked_child_even_while_its_lock_is_held(
+    backend: str,
+) -> None:
     output = output_of(
         f"""
         import os, signal
         from tests.core.bench import *
         from vmem_kv.errors import UsageError
-        bench = Bench(path={path!r})
+        bench = Bench(backend={backend!r})
         slot_id = bench.grown(5)
         cache = bench.cache
         calls = [
@@ -536,8 +551,8 @@ def test_every_call_of_a_cache_is_refused_in_a_forked_child_even_while_its_lock_
     assert n_refused == n_calls
 
 
-def test_a_budget_below_one_page_is_a_config_error() -> None:
-    bench = Bench()
+def test_a_budget_below_one_page_is_a_config_error(open_bench: OpenBench) -> None:
+    bench = open_bench()
     with pytest.raises(ConfigError):
         bench.pool.resize(0)
     bench.close()

@@ -14,7 +14,7 @@ from vmem_kv.driver.base import PassedFence
 from vmem_kv.errors import DriverError, InvariantError, UsageError
 from vmem_kv.testing import fail_kind
 
-from .bench import Bench, make_layout
+from .bench import OpenBench, make_layout
 
 
 def in_another_thread(call: Callable[[], Any]) -> list[BaseException]:
@@ -34,17 +34,17 @@ def in_another_thread(call: Callable[[], Any]) -> list[BaseException]:
     return errors
 
 
-def test_nobody_gets_a_slot_of_a_cache_that_is_closing(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
+def test_nobody_gets_a_slot_of_a_cache_that_is_closing(open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = open_bench()
     bench.cache.retire(bench.grown(5))
     errors: list[BaseException] = []
-    free = bench.host.free_reservation
+    free = bench.device.free_reservation
 
     def slow(*arguments: Any) -> None:
         errors.extend(in_another_thread(lambda: bench.cache.acquire(expected_tokens=0)))
         free(*arguments)
 
-    monkeypatch.setattr(bench.host, "free_reservation", slow)
+    monkeypatch.setattr(bench.device, "free_reservation", slow)
     bench.cache.close()
     assert [type(error) for error in errors] == [UsageError]
     assert bench.pool.n_owned == 0
@@ -53,8 +53,8 @@ def test_nobody_gets_a_slot_of_a_cache_that_is_closing(monkeypatch: pytest.Monke
     bench.close()
 
 
-def test_a_cache_that_failed_to_close_works_and_can_be_closed_again() -> None:
-    bench = Bench()
+def test_a_cache_that_failed_to_close_works_and_can_be_closed_again(open_bench: OpenBench) -> None:
+    bench = open_bench()
     with bench.faulty.failing(fail_kind("free_reservation")), pytest.raises(DriverError):
         bench.cache.close()
     bench.grown(5)
@@ -63,34 +63,34 @@ def test_a_cache_that_failed_to_close_works_and_can_be_closed_again() -> None:
     bench.close()
 
 
-def test_a_slot_retired_while_it_grows_has_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
+def test_a_slot_retired_while_it_grows_has_no_length(open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
-    real = bench.host.map
+    real = bench.device.map
 
     def slow(*arguments: Any) -> None:
         if slot_id in bench.cache.active_slots():
             assert not in_another_thread(lambda: bench.cache.retire(slot_id))
         real(*arguments)
 
-    monkeypatch.setattr(bench.host, "map", slow)
+    monkeypatch.setattr(bench.device, "map", slow)
     bench.cache.ensure({slot_id: 40})
     assert bench.cache._slots.n_tokens == {}
     bench.check()
     bench.close()
 
 
-def test_check_finds_a_length_without_a_slot_and_pages_that_nobody_holds() -> None:
-    bench = Bench()
+def test_check_finds_a_length_without_a_slot_and_pages_that_nobody_holds(open_bench: OpenBench) -> None:
+    bench = open_bench()
     bench.cache._slots.n_tokens[bench.cache.acquire()] = 0
     bench.cache._slots.n_tokens[make_slot_id(3)] = 0
     with pytest.raises(InvariantError, match="lengths"):
         bench.cache.check()
-    bench = Bench()
+    bench = open_bench()
     bench.pool.take([bench.cache.region.reservation.base])
     with pytest.raises(InvariantError, match="in flight"):
         bench.cache.check()
-    bench = Bench()
+    bench = open_bench()
     bench.grown(5)
     bench.pool.charge_mappings(1)
     with pytest.raises(InvariantError, match="mappings"):
@@ -101,8 +101,8 @@ def make_slot_id(index: int) -> Any:
     return index
 
 
-def test_a_cache_dropped_without_closing_does_not_disturb_the_others() -> None:
-    bench = Bench()
+def test_a_cache_dropped_without_closing_does_not_disturb_the_others(open_bench: OpenBench) -> None:
+    bench = open_bench()
     other = KVCache(bench.pool, make_layout())
     other.ensure({other.acquire(): 20})
     n_pages = other.stats().n_live_pages
@@ -113,8 +113,10 @@ def test_a_cache_dropped_without_closing_does_not_disturb_the_others() -> None:
     bench.cache.close()
 
 
-def test_the_lock_is_never_held_across_a_driver_call_or_a_fence(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(keep_freed=True, max_pages=40)
+def test_the_lock_is_never_held_across_a_driver_call_or_a_fence(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_bench(keep_freed=True, max_pages=40)
     seen = set()
 
     def require_free(name: str) -> None:
@@ -123,7 +125,7 @@ def test_the_lock_is_never_held_across_a_driver_call_or_a_fence(monkeypatch: pyt
         seen.add(name)
 
     def watched(name: str) -> Callable[..., object]:
-        real = getattr(bench.host, name)
+        real = getattr(bench.device, name)
 
         def call(*arguments: object) -> object:
             require_free(name)
@@ -138,7 +140,7 @@ def test_the_lock_is_never_held_across_a_driver_call_or_a_fence(monkeypatch: pyt
 
     names = {"create", "map", "set_access", "scrub", "unmap", "release", "free_reservation"}
     for name in names:
-        monkeypatch.setattr(bench.host, name, watched(name))
+        monkeypatch.setattr(bench.device, name, watched(name))
     slot_id = bench.grown(30)
     bench.cache.slide(slot_id, 20, WatchedFence())
     bench.cache.retire(slot_id, WatchedFence())

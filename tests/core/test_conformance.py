@@ -9,9 +9,13 @@ import pytest
 
 from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
 from vmem_kv.driver.checked import CheckedDriver
+from vmem_kv.driver.cuda import CudaDriver
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.errors import OutOfAddressSpace, UsageError
-from vmem_kv.testing import ContractBreach, FaultyDriver, HostMemory, ManualFence, check_driver
+from vmem_kv.testing import ContractBreach, DriverMemory, FaultyDriver, HostMemory, ManualFence, Memory, check_driver
+from vmem_kv.testing.emulator import NOTHING
+
+from .backends import emulated_device
 
 PAGE = mmap.PAGESIZE
 
@@ -30,6 +34,23 @@ def test_the_host_driver_conforms_on_both_paths_and_in_every_wrapper(path: str, 
     assert report.n_checks >= 100
     assert path in report.driver
     assert len(report.rules) == len(set(report.rules)) >= 20
+
+
+@pytest.mark.parametrize("granularity_bytes", [PAGE, 2 << 20], ids=["small pages", "pages of 2 MiB"])
+@pytest.mark.parametrize("open_memory", [HostMemory, DriverMemory])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_cuda_driver_conforms_in_every_wrapper(
+    wrapper: str, open_memory: Callable[[Driver], Memory], granularity_bytes: int
+) -> None:
+    emulator = emulated_device()
+    emulator.set_granularity(granularity_bytes)
+    try:
+        report = check_driver(lambda: WRAPPERS[wrapper](CudaDriver()), open_memory)
+    finally:
+        emulator.set_granularity(PAGE)
+    assert report.n_checks >= 100
+    assert emulator.live() == NOTHING
+    assert emulator.violations() == []
 
 
 class ShortReservation(HostDriver):

@@ -14,9 +14,8 @@ from typing import TypeVar
 import pytest
 
 from vmem_kv.cache import KVCache
-from vmem_kv.driver.base import PASSED, Fence
+from vmem_kv.driver.base import Driver, Fence
 from vmem_kv.driver.checked import CheckedDriver
-from vmem_kv.driver.host import HostDriver
 from vmem_kv.errors import CapacityError, DriverError, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.pages import PagePool
@@ -35,6 +34,7 @@ from vmem_kv.testing import (
     no_faults,
 )
 
+from .backends import open_backend, physical_bytes
 from .bench import PAGE, Baseline, Bench, books, make_layout
 
 T = TypeVar("T")
@@ -69,9 +69,9 @@ PLANS: dict[str, Callable[[int], Plan]] = {
 class Life(Bench):
     """One cache from open to close. Each sequence has a byte of its own, and a domain of its own."""
 
-    def __init__(self, host: HostDriver, kind: str, *, keep_freed: bool) -> None:
-        self.host = host
-        self.faulty = FaultyDriver(host)
+    def __init__(self, device: Driver, kind: str, *, keep_freed: bool) -> None:
+        self.device = device
+        self.faulty = FaultyDriver(device)
         self.driver = CheckedDriver(self.faulty)
         self.layout = make_layout(kind, n_slots=N_SLOTS, max_tokens=MAX_TOKENS)
         self.keep_freed = keep_freed
@@ -99,10 +99,10 @@ class Life(Bench):
         self.attempt(lambda: self.cache.reclaim(0))
         self.retire([a], fence := ManualFence())
         fence.pass_()
-        self.attempt(lambda: self.retire([b]), may_repeat=False)
+        self.attempt(lambda: self.retire([b]))
         c, d = self.attempt(lambda: self.acquire_two())  # adopts what is warm: one was slid, one must be scrubbed
         c, d = self.grow_all({c: 10, d: 30})
-        self.attempt(lambda: self.retire([c]), may_repeat=False)
+        self.attempt(lambda: self.retire([c]))
         self.attempt(lambda: self.pool.trim())
         self.attempt(lambda: self.pool.resize(max(1, self.pool.n_owned)))
         e = self.attempt(lambda: self.acquire(expected_tokens=0))
@@ -110,12 +110,12 @@ class Life(Bench):
         e, d = self.grow_all({e: 5, d: 31})  # must reclaim what c left
         self.attempt(lambda: self.pool.resize(400))
         self.attempt(lambda: self.cache.reclaim(1000))
-        self.attempt(lambda: self.retire([d, e]), may_repeat=False)
+        self.attempt(lambda: self.retire([d, e]))
         self.attempt(lambda: self.pool.resize(max(1, self.pool.n_quarantined)))
         self.attempt(lambda: self.pool.resize(400))
         f = self.attempt(self.acquire)
         self.grow_all({f: 20})
-        self.retire(self.cache.active_slots())
+        self.attempt(lambda: self.retire(self.cache.active_slots()))
         self.attempt(self.cache.close)
         self.is_open = False
         self.attempt(self.pool.trim)
@@ -175,11 +175,17 @@ class Life(Bench):
         self.fills[slot_id] = (self.fills[slot_id][0], first_token)
         self.cache.slide(slot_id, first_token, fence)
 
-    def retire(self, slots: list[SlotId], fence: Fence = PASSED) -> None:
-        slots = [slot_id for slot_id in slots if self.fills.pop(slot_id, None)]
-        self.cache.retire(slots, fence)
+    def retire(self, slots: list[SlotId], fence: Fence | None = None) -> None:
+        slots = [slot_id for slot_id in slots if slot_id in self.fills]
+        try:
+            self.cache.retire(slots, fence)
+        finally:
+            active = self.cache.active_slots()
+            for slot_id in slots:
+                if slot_id not in active:
+                    del self.fills[slot_id]
 
-    def attempt(self, call: Callable[[], T], *, may_repeat: bool = True) -> T:
+    def attempt(self, call: Callable[[], T]) -> T:
         """Call; after a failure look at everything, stop the faults and call again."""
         try:
             return call()
@@ -187,11 +193,9 @@ class Life(Bench):
             self.n_failed_calls += 1
             self.look()
             self.faulty.plan = no_faults
-        if may_repeat:
-            result = call()
-            self.look()
-            return result
-        return None  # type: ignore[return-value]
+        result = call()
+        self.look()
+        return result
 
     def kept(self, call: Callable[[], T]) -> T:
         """Call; a failure must leave all sequences alone and, unless it gave memory back, everything else too."""
@@ -234,13 +238,15 @@ def active_part(cache: KVCache) -> dict[str, object]:
 def give_up_lost_pages(life: Life) -> None:
     """Release pages whose release failed, past the pool, so that the next life starts on a clean driver."""
     for handle in life.pool._quarantined:
-        life.host.release(PAGE, [handle])
+        life.device.release(PAGE, [handle])
 
 
-def sweep(kind: str, *, keep_freed: bool, plans: Iterable[str] = PLANS) -> tuple[Counter[str], int]:
+def sweep(
+    kind: str, *, keep_freed: bool, plans: Iterable[str] = PLANS, backend: str = "native"
+) -> tuple[Counter[str], int]:
     """Run a life per injection point and plan; return the points by operation, and how many faults were injected."""
-    host = HostDriver()
-    life = Life(host, kind, keep_freed=keep_freed)
+    device = open_backend(backend)
+    life = Life(device, kind, keep_freed=keep_freed)
     life.run(no_faults)
     assert life.n_failed_calls == 0
     points = list(life.faulty.points)
@@ -248,39 +254,41 @@ def sweep(kind: str, *, keep_freed: bool, plans: Iterable[str] = PLANS) -> tuple
     n_faults = 0
     for name in plans:
         for n in range(1, len(points) + 1):
-            life = Life(host, kind, keep_freed=keep_freed)
+            life = Life(device, kind, keep_freed=keep_freed)
             try:
                 life.run(PLANS[name](n))
                 assert life.faulty.faults, "the point was not reached"
                 assert life.driver.n_live_mappings == life.driver.n_live_reservations == life.pool.n_mappings == 0
                 assert life.driver.n_live_handles == life.pool.n_quarantined == life.pool.n_owned
-                assert host.physical_bytes() == life.pool.n_quarantined * PAGE
+                assert physical_bytes(device) == life.pool.n_quarantined * PAGE
             except BaseException as error:
                 raise AssertionError(
-                    f"{name}, point {n}, {kind}, keep_freed={keep_freed}: {error!r}; failed were {life.faulty.faults}"
+                    f"{backend}, {name}, point {n}, {kind}, keep_freed={keep_freed}: {error!r}; failed were "
+                    f"{life.faulty.faults}"
                 ) from error
             n_faults += len(life.faulty.faults)
             give_up_lost_pages(life)
-    assert host.physical_bytes() == 0
+    assert physical_bytes(device) == 0
     assert Baseline.now() == baseline
-    host.close()
+    device.close()
     return Counter(point.operation for point in points), n_faults
 
 
 @pytest.mark.parametrize("keep_freed", [False, True], ids=["freed pages go", "freed pages stay"])
 @pytest.mark.parametrize("kind", ["per_layer", "token_major", "group:2"])
+@pytest.mark.parametrize("backend", ["native", "cuda"])
 def test_any_driver_call_may_fail_at_any_time(
-    kind: str, keep_freed: bool, record_property: Callable[[str, object], None]
+    backend: str, kind: str, keep_freed: bool, record_property: Callable[[str, object], None]
 ) -> None:
-    points, n_faults = sweep(kind, keep_freed=keep_freed)
+    points, n_faults = sweep(kind, keep_freed=keep_freed, backend=backend)
     assert set(points) == {
         *("reserve", "create", "map", "set_access"),
-        *("scrub", "unmap", "release", "free_reservation"),
+        *("scrub", "fence", "unmap", "release", "free_reservation"),
     }
     record_property(
         "figures",
-        f"fault sweep, {kind}, keep_freed={keep_freed}: {points.total()} injection points, {len(PLANS)} plans each, "
-        f"{n_faults} faults injected",
+        f"fault sweep, {backend}, {kind}, keep_freed={keep_freed}: {points.total()} injection points, "
+        f"{len(PLANS)} plans each, {n_faults} faults injected",
     )
 
 

@@ -17,7 +17,7 @@ from vmem_kv.errors import DriverError, OutOfMappings, OutOfPages, VmemError
 from vmem_kv.pages import PagePool
 from vmem_kv.testing import Point, fail_kind, natural_error
 
-from .bench import PAGE, Bench, books, make_layout
+from .bench import PAGE, Bench, OpenBench, books, make_layout
 
 
 class StubbornLibc:
@@ -84,8 +84,8 @@ def test_an_unmap_refused_for_lack_of_mappings_is_tried_again(monkeypatch: pytes
     bench.close()
 
 
-def test_an_unmap_that_failed_for_good_is_not_tried_again_before_the_end() -> None:
-    bench = Bench()
+def test_an_unmap_that_failed_for_good_is_not_tried_again_before_the_end(open_bench: OpenBench) -> None:
+    bench = open_bench()
     bench.cache.retire(bench.grown(40))
     with bench.faulty.failing(fail_kind("unmap", 1)), pytest.raises(DriverError):
         bench.cache.reclaim(1000)
@@ -95,8 +95,8 @@ def test_an_unmap_that_failed_for_good_is_not_tried_again_before_the_end() -> No
     bench.close()
 
 
-def test_a_slot_that_broke_while_growing_is_not_grown_again_in_the_same_call() -> None:
-    bench = Bench(max_pages=60)
+def test_a_slot_that_broke_while_growing_is_not_grown_again_in_the_same_call(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=60)
     warm, slot_id = bench.grown(20), bench.grown(5)
     bench.cache.retire(warm)
 
@@ -194,8 +194,8 @@ def test_other_mappings_are_not_counted_less_because_ours_are_counted_at_worst_c
     assert ledger.other_mappings(300) == 300
 
 
-def test_pages_that_the_driver_did_not_zero_are_scrubbed() -> None:
-    bench = Bench()
+def test_pages_that_the_driver_did_not_zero_are_scrubbed(open_bench: OpenBench) -> None:
+    bench = open_bench()
     object.__setattr__(bench.driver.info, "zeroes_new_pages", False)
     slot_id = bench.cache.acquire()
     bench.cache.ensure({slot_id: 20})

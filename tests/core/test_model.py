@@ -8,7 +8,7 @@ import pytest
 
 from vmem_kv.testing import ModelMismatch, ReferenceModel
 
-from .bench import PAGE, Bench
+from .bench import PAGE, OpenBench
 
 
 def make_model() -> ReferenceModel:
@@ -39,8 +39,8 @@ def test_a_slot_is_not_handed_out_twice() -> None:
         model.acquired(0, "")
 
 
-def test_a_page_that_is_missing_or_too_many_is_a_mismatch() -> None:
-    bench = Bench()
+def test_a_page_that_is_missing_or_too_many_is_a_mismatch(open_bench: OpenBench) -> None:
+    bench = open_bench()
     rows = [plane.token_bytes for plane in bench.layout.planes]
     model = ReferenceModel(rows, PAGE, 4, 48, 64)
     slot_id = bench.grown(5)

@@ -22,6 +22,7 @@ from vmem_kv.pages import PagePool
 from vmem_kv.region import Region
 from vmem_kv.slots import SlotTable
 
+from .backends import BACKENDS, open_backend
 from .bench import PAGE
 from .random_ops import MAX_TOKENS, Run, random_run
 
@@ -33,24 +34,23 @@ N_SEEDS = 6
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + N_SEEDS))
 def test_random_operations_agree_with_the_model(seed: int, record_property: Callable[[str, object], None]) -> None:
-    host = HostDriver("native" if seed % 2 else "python")
-    n_ops, n_faults = random_run(seed, -(-N_OPS // N_SEEDS), host)
-    assert host.physical_bytes() == 0
-    host.close()
-    record_property("figures", f"random operations, seed {seed}: {n_ops:,} operations, {n_faults:,} faults injected")
+    backend = BACKENDS[seed % len(BACKENDS)]
+    n_ops, n_faults = random_run(seed, -(-N_OPS // N_SEEDS), backend)
+    record_property(
+        "figures", f"random operations, {backend}, seed {seed}: {n_ops:,} operations, {n_faults:,} faults injected"
+    )
 
 
 def test_a_failure_prints_a_program_that_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Region, "scrub", lambda region, slot_id: None)
-    host = HostDriver()
     with pytest.raises(AssertionError, match="To repeat it") as caught:
-        random_run(1, 20_000, host)
+        random_run(1, 20_000)
     program = str(caught.value).partition("To repeat it:\n\n")[2]
     assert program.startswith("from tests.core.random_ops import Run")
     with pytest.raises(AssertionError, match="old bytes"):
         exec(program, {})
     monkeypatch.undo()
-    exec(program + "\nrun.finish()\nrun.host.close()\n", {})
+    exec(program + "\nrun.finish()\nrun.device.close()\n", {})
 
 
 def shows_stale_pages(patch: pytest.MonkeyPatch) -> None:
@@ -151,17 +151,17 @@ def test_random_operations_find_a_planted_mistake(
 ) -> None:
     mistake(monkeypatch)
     with pytest.raises((AssertionError, VmemError)):
-        random_run(1, 20_000, HostDriver())
+        random_run(1, 20_000)
 
 
 class CacheMachine(RuleBasedStateMachine):
     """The same operations, chosen and shrunk by hypothesis."""
 
-    host = HostDriver()
+    device = open_backend("native")
 
     def __init__(self) -> None:
         super().__init__()
-        self.run = Run(n_slots=3, max_pages=24, keep_freed=True, host=self.host)
+        self.run = Run(n_slots=3, max_pages=24, keep_freed=True, device=self.device)
 
     faults = st.none() | st.tuples(st.booleans(), st.integers(1, 6))
 

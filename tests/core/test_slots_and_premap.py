@@ -16,7 +16,7 @@ from vmem_kv.premap import Premapper
 from vmem_kv.slots import SlotState, SlotTable
 from vmem_kv.testing import fail_kind
 
-from .bench import Baseline, Bench, books
+from .bench import Baseline, OpenBench, books
 
 # Best fit
 
@@ -93,8 +93,8 @@ def test_only_what_nobody_owns_can_break() -> None:
 # Mapping ahead
 
 
-def test_premapping_maps_and_keeps_the_length() -> None:
-    bench = Bench()
+def test_premapping_maps_and_keeps_the_length(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     n_pages = bench.cache.premap({slot_id: 30})
     assert n_pages == bench.layout.n_pages(30) - bench.layout.n_pages(5)
@@ -108,8 +108,8 @@ def test_premapping_maps_and_keeps_the_length() -> None:
     bench.close()
 
 
-def test_premapping_stops_at_the_end_of_the_slot_and_passes_over_slots_that_are_gone() -> None:
-    bench = Bench()
+def test_premapping_stops_at_the_end_of_the_slot_and_passes_over_slots_that_are_gone(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     bench.cache.premap({slot_id: 10_000, SlotId(3): 20, SlotId(77): 3})
     assert bench.cache.token_capacity(slot_id) == 48
@@ -118,8 +118,8 @@ def test_premapping_stops_at_the_end_of_the_slot_and_passes_over_slots_that_are_
     bench.close()
 
 
-def test_premapping_never_reclaims_what_somebody_left_warm() -> None:
-    bench = Bench(max_pages=12)
+def test_premapping_never_reclaims_what_somebody_left_warm(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=12)
     bench.cache.retire(bench.grown(1))
     slot_id = bench.cache.acquire(expected_tokens=0)
     bench.cache.ensure({slot_id: 1})
@@ -131,8 +131,10 @@ def test_premapping_never_reclaims_what_somebody_left_warm() -> None:
     bench.close()
 
 
-def test_a_slot_retired_while_its_premapping_waited_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
+def test_a_slot_retired_while_its_premapping_waited_is_passed_over(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_bench()
     first, second = bench.grown(5), bench.grown(5)
     exclusive = KVCache._exclusive
 
@@ -149,8 +151,8 @@ def test_a_slot_retired_while_its_premapping_waited_is_passed_over(monkeypatch: 
     bench.close()
 
 
-def test_the_worker_maps_ahead_of_what_it_is_told() -> None:
-    bench = Bench()
+def test_the_worker_maps_ahead_of_what_it_is_told(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     before = Baseline.now()
     with Premapper(bench.cache, 20) as premapper:
@@ -170,8 +172,8 @@ def test_the_worker_maps_ahead_of_what_it_is_told() -> None:
     bench.close()
 
 
-def test_the_worker_counts_what_it_had_no_room_for_and_goes_on() -> None:
-    bench = Bench(max_pages=6)
+def test_the_worker_counts_what_it_had_no_room_for_and_goes_on(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=6)
     slot_id = bench.grown(5)
     with Premapper(bench.cache, 48) as premapper:
         premapper.request({slot_id: 5})
@@ -187,9 +189,9 @@ def test_the_worker_counts_what_it_had_no_room_for_and_goes_on() -> None:
 
 @pytest.mark.parametrize("operation", ["bind_thread", "map", "create", "set_access"])
 def test_a_worker_that_died_says_why_and_mapping_goes_on_without_it(
-    operation: str, caplog: pytest.LogCaptureFixture
+    open_bench: OpenBench, operation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench = Bench()
+    bench = open_bench()
     slot_id = bench.grown(5)
 
     def broken(point: object) -> DriverError | None:
@@ -213,8 +215,8 @@ def test_a_worker_that_died_says_why_and_mapping_goes_on_without_it(
     bench.close()
 
 
-def test_waiting_for_a_worker_that_dies_with_a_request_open_ends_at_once() -> None:
-    bench = Bench()
+def test_waiting_for_a_worker_that_dies_with_a_request_open_ends_at_once(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     premapper = Premapper(bench.cache, 20)
 
@@ -235,8 +237,8 @@ def test_waiting_for_a_worker_that_dies_with_a_request_open_ends_at_once() -> No
     bench.close()
 
 
-def test_a_worker_starts_once_and_stops_as_often_as_you_like() -> None:
-    bench = Bench()
+def test_a_worker_starts_once_and_stops_as_often_as_you_like(open_bench: OpenBench) -> None:
+    bench = open_bench()
     premapper = Premapper(bench.cache, 1)
     premapper.stop()
     premapper = Premapper(bench.cache, 1)
@@ -250,8 +252,8 @@ def test_a_worker_starts_once_and_stops_as_often_as_you_like() -> None:
     bench.close()
 
 
-def test_a_worker_inside_a_driver_call_is_not_left_behind_silently() -> None:
-    bench = Bench()
+def test_a_worker_inside_a_driver_call_is_not_left_behind_silently(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slot_id = bench.grown(5)
     inside, go_on = threading.Event(), threading.Event()
 
@@ -275,8 +277,10 @@ def test_a_worker_inside_a_driver_call_is_not_left_behind_silently() -> None:
     bench.close()
 
 
-def test_growth_waits_for_the_worker_on_the_same_slot_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
+def test_growth_waits_for_the_worker_on_the_same_slot_and_only_there(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = open_bench()
     slot_id, other = bench.grown(5), bench.grown(5)
     inside, go_on = threading.Event(), threading.Event()
     main = threading.get_ident()
@@ -302,9 +306,9 @@ def test_growth_waits_for_the_worker_on_the_same_slot_and_only_there(monkeypatch
     bench.close()
 
 
-def test_failing_once_in_the_worker_leaves_nothing_behind() -> None:
+def test_failing_once_in_the_worker_leaves_nothing_behind(open_bench: OpenBench) -> None:
     for operation, n in itertools.product(("create", "map", "set_access"), (1, 2, 3)):
-        bench = Bench()
+        bench = open_bench()
         slot_id = bench.grown(5)
         before = books(bench.cache)
         with bench.faulty.failing(fail_kind(operation, n)), Premapper(bench.cache, 40) as premapper:

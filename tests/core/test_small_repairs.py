@@ -15,13 +15,13 @@ from vmem_kv.machine import describe_machine
 from vmem_kv.premap import Premapper
 from vmem_kv.testing import ManualFence, Point, fail_kind
 
-from .bench import PAGE, Bench, books
+from .bench import PAGE, OpenBench, books
 
 GIB = 1 << 30
 
 
-def test_sliding_within_a_page_makes_no_driver_call_and_waits_for_nothing() -> None:
-    bench = Bench()
+def test_sliding_within_a_page_makes_no_driver_call_and_waits_for_nothing(open_bench: OpenBench) -> None:
+    bench = open_bench()
     slots = [bench.grown(30), bench.grown(30)]
     calls = dict(bench.driver.calls)
     bench.cache.slide(slots, 1, ManualFence())
@@ -39,8 +39,8 @@ def test_sliding_within_a_page_makes_no_driver_call_and_waits_for_nothing() -> N
     bench.close()
 
 
-def test_a_slot_that_slid_but_kept_its_front_is_adopted_warm() -> None:
-    bench = Bench(n_slots=1)
+def test_a_slot_that_slid_but_kept_its_front_is_adopted_warm(open_bench: OpenBench) -> None:
+    bench = open_bench(n_slots=1)
     slot_id = bench.grown(20, domain="a")
     bench.cache.slide(slot_id, 1)
     bench.cache.retire(slot_id)
@@ -53,8 +53,8 @@ def test_a_slot_that_slid_but_kept_its_front_is_adopted_warm() -> None:
     bench.close()
 
 
-def test_only_what_is_missing_is_reclaimed() -> None:
-    bench = Bench(n_slots=10)
+def test_only_what_is_missing_is_reclaimed(open_bench: OpenBench) -> None:
+    bench = open_bench(n_slots=10)
     bench.cache.retire([bench.grown(1) for _ in range(8)])  # of four pages each
     bench.pool.resize(32 + bench.layout.n_pages(48) - 1)
     bench.cache.ensure({bench.cache.acquire(expected_tokens=0): 48})
@@ -63,15 +63,15 @@ def test_only_what_is_missing_is_reclaimed() -> None:
     bench.close()
 
 
-def test_a_negative_trim_is_refused() -> None:
-    bench = Bench()
+def test_a_negative_trim_is_refused(open_bench: OpenBench) -> None:
+    bench = open_bench()
     with pytest.raises(UsageError):
         bench.pool.trim(-1)
     bench.close()
 
 
-def test_a_fatal_error_makes_a_cache_forget() -> None:
-    bench = Bench()
+def test_a_fatal_error_makes_a_cache_forget(open_bench: OpenBench) -> None:
+    bench = open_bench()
     bench.grown(20)
     bench.retire_all()
 
@@ -113,11 +113,11 @@ def test_a_forked_child_does_not_keep_the_parents_memory() -> None:
     driver.close()
 
 
-def test_premapping_that_gets_no_thread_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_premapping_that_gets_no_thread_says_so(open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    bench = Bench()
+    bench = open_bench()
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with Premapper(bench.cache, 10) as premapper:
         assert isinstance(premapper.error, RuntimeError)
@@ -143,8 +143,8 @@ def test_a_reservation_above_the_limit_is_refused_as_such(path: str) -> None:
     driver.close()
 
 
-def test_spans_made_accessible_before_a_failure_count_as_accessible() -> None:
-    bench = Bench()
+def test_spans_made_accessible_before_a_failure_count_as_accessible(open_bench: OpenBench) -> None:
+    bench = open_bench()
     reservation = bench.driver.reserve(4 * PAGE)
     places = [reservation.base, reservation.base + 2 * PAGE]
     handles: list[Handle] = []

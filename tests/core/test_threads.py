@@ -20,7 +20,7 @@ from vmem_kv.growth import SlotId
 from vmem_kv.premap import Premapper
 from vmem_kv.testing import ManualFence
 
-from .bench import PAGE, Baseline, Bench, make_layout
+from .bench import PAGE, Baseline, Bench, OpenBench, make_layout
 
 N_WORKERS = 4
 N_ROUNDS = 120
@@ -123,9 +123,9 @@ class Owner:
 
 
 @pytest.mark.parametrize("keep_freed", [False, True])
-def test_many_threads_share_a_pool_and_the_books_add_up(path: str, keep_freed: bool) -> None:
+def test_many_threads_share_a_pool_and_the_books_add_up(open_bench: OpenBench, keep_freed: bool) -> None:
     baseline = Baseline.now()
-    bench = Bench(path=path, max_pages=70, keep_freed=keep_freed, n_slots=6)
+    bench = open_bench(max_pages=70, keep_freed=keep_freed, n_slots=6)
     other = KVCache(bench.pool, make_layout("token_major", n_slots=4))
     done = threading.Event()
 
@@ -168,8 +168,8 @@ def test_many_threads_share_a_pool_and_the_books_add_up(path: str, keep_freed: b
     assert Baseline.now() == baseline
 
 
-def test_threads_that_reclaim_from_each_others_caches_do_not_wait_for_each_other() -> None:
-    bench = Bench(max_pages=36, n_slots=3)
+def test_threads_that_reclaim_from_each_others_caches_do_not_wait_for_each_other(open_bench: OpenBench) -> None:
+    bench = open_bench(max_pages=36, n_slots=3)
     other = KVCache(bench.pool, make_layout(n_slots=3))
     run_all(Owner(bench, bench.cache, 1), Owner(bench, other, 2), Owner(bench, bench.cache, 3), Owner(bench, other, 4))
     bench.cache.reclaim(0)
@@ -180,9 +180,11 @@ def test_threads_that_reclaim_from_each_others_caches_do_not_wait_for_each_other
 
 
 @pytest.mark.parametrize("keep_freed", [False, True])
-def test_an_owner_notices_the_bytes_of_another(monkeypatch: pytest.MonkeyPatch, keep_freed: bool) -> None:
+def test_an_owner_notices_the_bytes_of_another(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch, keep_freed: bool
+) -> None:
     monkeypatch.setattr("vmem_kv.testing.FaultyDriver.scrub", lambda driver, spans: None)
-    bench = Bench(max_pages=40, n_slots=2, keep_freed=keep_freed)
+    bench = open_bench(max_pages=40, n_slots=2, keep_freed=keep_freed)
     bench.cache.retire([bench.grown(30, b"\x07", domain="7"), bench.grown(30, b"\x07", domain="7")])
     if keep_freed:
         bench.cache.reclaim(1000)

@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 import vmem_kv
+from vmem_kv.cli.doctor_cuda import cuda_findings, kernel_findings
+from vmem_kv.cli.finding import Finding
 from vmem_kv.driver.base import DriverInfo
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.driver.host_mapper import NativeMapper
@@ -25,23 +27,14 @@ from vmem_kv.units import GIB, format_bytes
 _FEW_MAPPINGS = 16_384
 """With fewer than this, `auto` has to leave the layouts that a CPU reads fastest for modest batches."""
 
+_MARKS = {True: Text("ok", "green"), False: Text("!!", "bold yellow"), None: Text("--", "dim")}
 _LITTLE_MEMORY = 1 * GIB
 _MEMFD_BYTES = 1 << 48
 """The host driver's file is sparse and this large, whatever is in it."""
 
 
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    topic: str
-    name: str
-    value: str
-    is_fine: bool = True
-    advice: str = ""  # the setting to change, and to what
-
-
 class Drivers(NamedTuple):
-    """The host driver, the only one so far: what it says of itself, or why it cannot be used."""
+    """The host driver: what it says of itself, or why it cannot be used."""
 
     info: DriverInfo | None
     error: str
@@ -58,7 +51,7 @@ def doctor(
     """
     machine, drivers = describe_machine(), _open_drivers()
     findings = [*_driver_findings(drivers), *_memory_findings(machine), *_limit_findings(machine, drivers)]
-    findings += [*_huge_page_findings(machine), *_software_findings()]
+    findings += [*_huge_page_findings(machine), *cuda_findings(), *kernel_findings(), *_software_findings()]
     out = Console()
     if as_json:
         out.print_json(data=_as_data(machine, drivers, findings))
@@ -237,7 +230,7 @@ def _print_findings(console: Console, findings: list[Finding]) -> None:
         if finding.topic != topic:
             topic = finding.topic
             table.add_row("", Text(topic, "bold"))
-        mark = Text("ok", "green") if finding.is_fine else Text("!!", "bold yellow")
+        mark = _MARKS[finding.is_fine]
         table.add_row(mark, finding.name, Text(finding.value))
         if finding.advice:
             table.add_row("", "", Text(f"change: {finding.advice}", "dim"))

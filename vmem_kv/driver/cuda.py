@@ -3,8 +3,8 @@
 Guarantees
   * One handle is one page: the driver demands that the offset inside a handle is zero. One `cuMemSetAccess` and one
     `cuMemUnmap` for each contiguous run, since these two are the expensive calls.
-  * The device's primary context, which torch uses as well, is current in every call: it is made so in a thread that has
-    none, and a thread that works in another context is refused.
+  * The device's primary context, which torch uses as well, is current during every call, and afterwards the one that
+    was current before.
   * A double release never reaches the driver, which would not survive it.
   * After a sticky error (an illegal address, a failed launch) CUDA is not called any more: every call raises the same
     fatal error, and `close` forgets.
@@ -19,12 +19,15 @@ Source: CUDA driver API, "Virtual Memory Management", "Stream Management" and "E
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from vmem_kv.driver.base import Copy, Driver, DriverInfo, Fence, Handle, Reservation, Span
 from vmem_kv.driver.cuda_errors import LOST_CODES, MISSING_CODES, NOT_READY, OUT_OF_MEMORY, SUCCESS
@@ -57,6 +60,65 @@ class NoRuntime:
 
     def free_cached_memory(self) -> None:
         """Do nothing: nobody keeps any."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDevice:
+    """A device as the NVIDIA driver describes it."""
+
+    index: int
+    name: str
+    uuid: str
+    memory_bytes: int
+    has_virtual_memory: bool
+
+
+class CudaMachine(NamedTuple):
+    """What the NVIDIA driver of this machine offers to this process."""
+
+    driver_version: str  # of CUDA, as "13.0"
+    devices: tuple[CudaDevice, ...]
+
+
+def describe_cuda() -> CudaMachine:
+    """Ask the NVIDIA driver what there is, without beginning to use a device.
+
+    Raises:
+        ConfigError: CUDA cannot be used; the message says what is missing.
+    """
+    cuda = _load_cuda()
+    version = int(_answer(cuda.cuDriverGetVersion()))
+    supported = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    devices = []
+    for index in range(int(_answer(cuda.cuDeviceGetCount()))):
+        device = _answer(cuda.cuDeviceGet(index))
+        devices.append(
+            CudaDevice(
+                index,
+                _answer(cuda.cuDeviceGetName(128, device)).split(b"\0")[0].decode(errors="replace"),
+                bytes(_answer(cuda.cuDeviceGetUuid(device)).bytes).hex(),
+                int(_answer(cuda.cuDeviceTotalMem(device))),
+                bool(_answer(cuda.cuDeviceGetAttribute(supported, device))),
+            )
+        )
+    return CudaMachine(f"{version // 1000}.{version % 1000 // 10}", tuple(devices))
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _operation(method: Callable[Concatenate[CudaDriver, P], R]) -> Callable[Concatenate[CudaDriver, P], R]:
+    """A call of the contract: refused where it cannot work, counted, and made in the primary context."""
+
+    @functools.wraps(method)
+    def call(driver: CudaDriver, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        driver._require_open(method.__name__)
+        driver.calls[method.__name__] += 1
+        with driver.in_context():
+            return method(driver, *args, **kwargs)
+
+    return call
 
 
 class CudaDriver(Driver):
@@ -104,18 +166,10 @@ class CudaDriver(Driver):
         self._access = _read_write(cuda, index)
         self._context = _answer(cuda.cuDevicePrimaryCtxRetain(self._device))
         try:
-            self._require_context()
-            granularity_bytes = int(
-                _answer(
-                    cuda.cuMemGetAllocationGranularity(
-                        self._properties, cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-                    )
-                )
-            )
             self.info = DriverInfo(
                 name="cuda",
                 device=tensor_device or f"cuda:{index}",
-                granularity_bytes=granularity_bytes,
+                granularity_bytes=self._granularity_bytes(),
                 max_mappings=max_mappings,
                 neighbours_merge=False,
                 mappings_per_run=1,
@@ -129,13 +183,18 @@ class CudaDriver(Driver):
             cuda.cuDevicePrimaryCtxRelease(self._device)
             raise
 
+    def _granularity_bytes(self) -> int:
+        smallest = self._cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        with self.in_context():
+            return int(_answer(self._cuda.cuMemGetAllocationGranularity(self._properties, smallest)))
+
     def available_bytes(self) -> int:
-        self._require_context()
-        free, _ = _answer(self._cuda.cuMemGetInfo())
+        with self.in_context():
+            free, _ = _answer(self._cuda.cuMemGetInfo())
         return int(free)
 
+    @_operation
     def reserve(self, n_bytes: int) -> Reservation:
-        self._enter("reserve")
         if n_bytes > _MAX_RESERVATION_BYTES:
             raise OutOfAddressSpace(f"{n_bytes} bytes of addresses are more than {_MAX_RESERVATION_BYTES}")
         code, base = self._cuda.cuMemAddressReserve(n_bytes, self.info.granularity_bytes, 0, 0)
@@ -151,8 +210,8 @@ class CudaDriver(Driver):
             self._reservations.add(reservation)
         return reservation
 
+    @_operation
     def free_reservation(self, reservation: Reservation) -> None:
-        self._enter("free_reservation")
         with self._lock:  # before the call: from then on another thread may reserve the same addresses
             if reservation not in self._reservations:
                 raise UsageError(f"{reservation} is not a live reservation of this driver")
@@ -163,8 +222,8 @@ class CudaDriver(Driver):
                 self._reservations.add(reservation)
             raise self._failure("free_reservation", code, _range(reservation.base, reservation.n_bytes))
 
+    @_operation
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
-        self._enter("create")
         may_ask = True
         for _ in places:
             code, handle = self._cuda.cuMemCreate(page_bytes, self._properties, 0)
@@ -180,8 +239,8 @@ class CudaDriver(Driver):
             self._pages[page] = page_bytes
             created.append(page)
 
+    @_operation
     def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
-        self._enter("map")
         call = self._cuda.cuMemMap
         for n_done, (address, handle) in enumerate(zip(addresses, handles, strict=True)):
             (code,) = call(address, page_bytes, 0, handle, 0)
@@ -190,8 +249,8 @@ class CudaDriver(Driver):
                 if code != SUCCESS:
                     raise self._mapping_failure("map", code, (address, page_bytes), n_done)
 
+    @_operation
     def set_access(self, spans: Sequence[Span]) -> None:
-        self._enter("set_access")
         call = self._cuda.cuMemSetAccess
         for n_done, (address, n_bytes) in enumerate(spans):
             (code,) = call(address, n_bytes, self._access, 1)
@@ -200,8 +259,8 @@ class CudaDriver(Driver):
                 if code != SUCCESS:
                     raise self._mapping_failure("set_access", code, (address, n_bytes), n_done)
 
+    @_operation
     def unmap(self, spans: Sequence[Span]) -> None:
-        self._enter("unmap")
         call = self._cuda.cuMemUnmap
         for n_done, (address, n_bytes) in enumerate(spans):
             (code,) = call(address, n_bytes)
@@ -210,8 +269,8 @@ class CudaDriver(Driver):
                 if code != SUCCESS:
                     raise self._mapping_failure("unmap", code, (address, n_bytes), n_done)
 
+    @_operation
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
-        self._enter("release")
         with self._lock:
             if any(self._pages.get(handle) != page_bytes for handle in handles) or len(set(handles)) < len(handles):
                 raise UsageError(
@@ -229,23 +288,23 @@ class CudaDriver(Driver):
         finally:
             self._pages.update(dict.fromkeys(handles[n_done:], page_bytes))
 
+    @_operation
     def scrub(self, spans: Sequence[Span]) -> None:
-        self._enter("scrub")
         self._launch("scrub", self._cuda.cuMemsetD8Async, [(address, 0, n_bytes) for address, n_bytes in spans])
 
+    @_operation
     def copy(self, copies: Sequence[Copy]) -> None:
-        self._enter("copy")
         self._launch("copy", self._cuda.cuMemcpyDtoDAsync, [(target, source, n) for source, target, n in copies])
 
+    @_operation
     def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
-        self._enter("copy_to_host")
         target = (ctypes.c_char * buffer.nbytes).from_buffer(buffer)
         arguments = (ctypes.addressof(target), address, buffer.nbytes)
         self._launch("copy_to_host", self._cuda.cuMemcpyDtoHAsync, [arguments])
         return self._fence_on([self.current_stream()], keep=target)
 
+    @_operation
     def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
-        self._enter("copy_from_host")
         given = ctypes.c_char * buffer.nbytes
         # ctypes takes no address of read-only memory
         source = given.from_buffer_copy(buffer) if buffer.readonly else given.from_buffer(buffer)
@@ -255,16 +314,15 @@ class CudaDriver(Driver):
 
     def bind_thread(self) -> None:
         self._require_open("bind_thread")
-        self._require_context()
         if getattr(self._threads, "stream", None) is not None:
             return
         with self._lock:
             stream = self._idle_streams.pop() if self._idle_streams else None
         if stream is None:
-            flags = self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
-            code, stream = self._cuda.cuStreamCreate(flags)
-            if code != SUCCESS:
-                raise self._failure("bind_thread", code, "a stream for this thread")
+            with self.in_context():
+                code, stream = self._cuda.cuStreamCreate(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+                if code != SUCCESS:
+                    raise self._failure("bind_thread", code, "a stream for this thread")
             self._streams.append(stream)
         self._threads.stream = stream
         weakref.finalize(threading.current_thread(), self._idle_streams.append, stream).atexit = False
@@ -273,8 +331,8 @@ class CudaDriver(Driver):
         own = getattr(self._threads, "stream", None)
         return self._runtime.current_stream() if own is None else int(own)
 
+    @_operation
     def fence(self, streams: Collection[int] = ()) -> Fence:
-        self._enter("fence")
         return self._fence_on({self.current_stream(), *streams})
 
     def close(self) -> None:
@@ -285,20 +343,36 @@ class CudaDriver(Driver):
         self._closed = True
         if self._lost is not None:
             return
-        self._require_context()
         # What fails here has nobody left to hear of it, and goes with the process.
-        for event in self._events:
-            self._cuda.cuEventDestroy(event)
-        for stream in self._streams:
-            self._cuda.cuStreamDestroy(stream)
-        for handle in self._pages:
-            self._cuda.cuMemRelease(handle)
+        with self.in_context():
+            for event in self._events:
+                self._cuda.cuEventDestroy(event)
+            for stream in self._streams:
+                self._cuda.cuStreamDestroy(stream)
+            for handle in self._pages:
+                self._cuda.cuMemRelease(handle)
         self._cuda.cuDevicePrimaryCtxRelease(self._device)
 
-    def _enter(self, operation: str) -> None:
-        self._require_open(operation)
-        self._require_context()
-        self.calls[operation] += 1
+    @contextmanager
+    def in_context(self) -> Iterator[None]:
+        """Work in the device's primary context; leave the one that was current as it was found.
+
+        A thread that has none keeps ours: then the next call finds it. torch makes another one current as it goes from
+        device to device.
+        """
+        code, current = self._cuda.cuCtxGetCurrent()
+        is_none = current is None or int(current) == 0
+        is_ours = not is_none and int(current) == int(self._context)
+        if code == SUCCESS and not is_ours:
+            enter = self._cuda.cuCtxSetCurrent if is_none else self._cuda.cuCtxPushCurrent
+            (code,) = enter(self._context)
+        if code != SUCCESS:
+            raise self._failure("context", code, "the primary context")
+        try:
+            yield
+        finally:
+            if not is_ours and not is_none:
+                self._cuda.cuCtxPopCurrent()
 
     def _require_open(self, operation: str) -> None:
         if os.getpid() != self._pid:
@@ -310,18 +384,6 @@ class CudaDriver(Driver):
             raise UsageError(f"{operation} on a closed driver")
         if self._lost is not None:
             raise self._lost_error(operation)
-
-    def _require_context(self) -> None:
-        """Make the primary context current in a thread that has none."""
-        current = _answer(self._cuda.cuCtxGetCurrent())
-        if int(current) == int(self._context):
-            return
-        if int(current) != 0:
-            raise UsageError(
-                f"another CUDA context is current in this thread; leave it, memory on cuda:{int(self._device)} belongs "
-                "to the device's primary context"
-            )
-        _answer(self._cuda.cuCtxSetCurrent(self._context))
 
     def _launch(self, operation: str, call: Callable[..., Any], batch: Sequence[tuple[int, ...]]) -> None:
         """Queue a call per item on the current stream.
@@ -422,8 +484,8 @@ class _EventFence:
         for event in self.events:
             if driver._lost is not None or driver._closed:
                 break  # a device that is lost runs nothing
-            driver._require_context()
-            (code,) = call(event)
+            with driver.in_context():
+                (code,) = call(event)
             if code == NOT_READY:
                 return False
             if code != SUCCESS:

@@ -111,6 +111,7 @@ class HostDriver(Driver):
             memory_bytes=_available_bytes(machine, huge_pages),
             max_reservation_bytes=1 << 46,
             path=self._mapper.name,
+            mappings_advice="raise vm.max_map_count",
         )
 
     def available_bytes(self) -> int:

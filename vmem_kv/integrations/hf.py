@@ -43,10 +43,10 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from vmem_kv.integrations.hf_attention import register
 from vmem_kv.config import CacheConfig
 from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.errors import ConfigError, UsageError, VmemError
+from vmem_kv.integrations.hf_attention import register
 from vmem_kv.layout import LayerSpec, TensorSpec
 from vmem_kv.rows import DEFAULT_MAX_TOKENS, LayerRows, RowStore, close_rows
 from vmem_kv.stats import CacheStats

@@ -4,6 +4,7 @@
     FaultyDriver    fails any call of any driver on demand
     ReferenceModel  predicts what a cache must have mapped, from nothing but the calls made
     ManualFence     passes when the test says so
+    attention_ops   CPU stand-ins for the operators of CUDA attention kernels (a module of its own: it imports torch)
 
 None of it is imported by the rest of the package, and none of it needs a test framework.
 """

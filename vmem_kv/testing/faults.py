@@ -129,13 +129,18 @@ class FaultyDriver(Driver):
     @contextmanager
     def failing(self, plan: Plan) -> Iterator[None]:
         """Follow `plan` inside the block, with points counted from its beginning; no faults after it."""
-        with self._lock:
-            self.plan, self.points, self.faults = plan, [], []
-            self._n_of_kind.clear()
+        self.begin_count()
+        self.plan = plan
         try:
             yield
         finally:
             self.plan = no_faults
+
+    def begin_count(self) -> None:
+        """Count points from here on, as if none had been passed."""
+        with self._lock:
+            self.points, self.faults = [], []
+            self._n_of_kind.clear()
 
     def reserve(self, n_bytes: int) -> Reservation:
         """See `Driver.reserve`; one point."""

@@ -1,0 +1,85 @@
+/* The part of the CUDA driver's binary interface that is emulated: types, struct layouts, numbers.
+ *
+ * Declared here so that building needs no CUDA toolkit. Handles that the real interface spells as pointers to
+ * incomplete types are integers of the same size: nobody may look behind them.
+ */
+#ifndef VMEM_CUDA_ABI_H
+#define VMEM_CUDA_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef int CUdevice;
+typedef uint64_t CUdeviceptr;
+typedef uint64_t CUmemGenericAllocationHandle;
+typedef uint64_t CUstream;
+typedef uint64_t CUevent;
+typedef struct Device *CUcontext; /* the primary context of that device; there are no others */
+
+/* Every result that has a name here: X(name, number, text). */
+#define CUDA_RESULTS(X)                                                                                                \
+    X(SUCCESS, 0, "no error")                                                                                          \
+    X(ERROR_INVALID_VALUE, 1, "invalid argument")                                                                      \
+    X(ERROR_OUT_OF_MEMORY, 2, "out of memory")                                                                         \
+    X(ERROR_NOT_INITIALIZED, 3, "initialization error")                                                                \
+    X(ERROR_DEINITIALIZED, 4, "driver shutting down")                                                                  \
+    X(ERROR_STUB_LIBRARY, 34, "the loaded driver is a stub library")                                                   \
+    X(ERROR_NO_DEVICE, 100, "no device")                                                                               \
+    X(ERROR_INVALID_DEVICE, 101, "invalid device ordinal")                                                             \
+    X(ERROR_INVALID_CONTEXT, 201, "invalid device context")                                                            \
+    X(ERROR_ECC_UNCORRECTABLE, 214, "uncorrectable memory error")                                                      \
+    X(ERROR_OPERATING_SYSTEM, 304, "the operating system refused a call")                                              \
+    X(ERROR_INVALID_HANDLE, 400, "invalid resource handle")                                                            \
+    X(ERROR_ILLEGAL_STATE, 401, "a resource is not in the right state")                                                \
+    X(ERROR_NOT_FOUND, 500, "symbol not found")                                                                        \
+    X(ERROR_NOT_READY, 600, "work is not finished")                                                                    \
+    X(ERROR_ILLEGAL_ADDRESS, 700, "an illegal address was touched")                                                    \
+    X(ERROR_LAUNCH_TIMEOUT, 702, "a launch ran too long")                                                              \
+    X(ERROR_CONTEXT_IS_DESTROYED, 709, "the context is destroyed")                                                     \
+    X(ERROR_LAUNCH_FAILED, 719, "a launch failed")                                                                     \
+    X(ERROR_NOT_PERMITTED, 800, "not permitted")                                                                       \
+    X(ERROR_NOT_SUPPORTED, 801, "not supported")                                                                       \
+    X(ERROR_UNKNOWN, 999, "unknown error")
+
+typedef enum {
+#define X(name, number, text) CUDA_##name = number,
+    CUDA_RESULTS(X)
+#undef X
+} CUresult;
+
+enum { MEM_ALLOCATION_TYPE_PINNED = 1, MEM_LOCATION_TYPE_DEVICE = 1 };
+enum { MEM_ACCESS_NONE = 0, MEM_ACCESS_READ = 1, MEM_ACCESS_READWRITE = 3 };
+enum { STREAM_NON_BLOCKING = 1, STREAM_LEGACY = 1, STREAM_PER_THREAD = 2 };
+enum { EVENT_DISABLE_TIMING = 2, EVENT_INTERPROCESS = 4, EVENT_FLAGS = 7 };
+enum { PROC_ADDRESS_SUCCESS = 0, PROC_ADDRESS_SYMBOL_NOT_FOUND = 1 };
+
+typedef struct {
+    char bytes[16];
+} CUuuid;
+
+typedef struct {
+    int type;
+    int id; /* the device's ordinal, where the type is DEVICE */
+} CUmemLocation;
+
+typedef struct {
+    CUmemLocation location;
+    int flags;
+} CUmemAccessDesc;
+
+typedef struct {
+    int type;
+    int requestedHandleTypes;
+    CUmemLocation location;
+    void *win32HandleMetaData;
+    struct {
+        unsigned char compressionType;
+        unsigned char gpuDirectRDMACapable;
+        unsigned short usage;
+        unsigned char reserved[4];
+    } allocFlags;
+} CUmemAllocationProp;
+
+_Static_assert(sizeof(CUmemAccessDesc) == 12 && sizeof(CUmemAllocationProp) == 32, "the layouts of cuda.h");
+
+#endif
