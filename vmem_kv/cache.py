@@ -365,7 +365,8 @@ class KVCache:
         finally:
             with self.pool.lock:
                 for slot_id in list(slots.warm):
-                    slots.cool(slot_id)
+                    if not self.region.n_pages(slot_id):  # an interruption leaves the later ones as they were
+                        slots.cool(slot_id)
                 slots.break_(self.region.broken)
             self._unbusy(everything)
 

@@ -2,8 +2,10 @@
  *
  * Functions that return int answer 0, or one of the reasons below. None of them counts as a driver call.
  */
+#define _GNU_SOURCE
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "emulator.h"
 
@@ -134,7 +136,7 @@ static int set(enum Setting setting, uint64_t value) {
         state.max_mappings = value;
         return 0;
     case GRANULARITY:
-        if (value < 4096 || (value & (value - 1)) != 0) {
+        if (value < (uint64_t)sysconf(_SC_PAGESIZE) || (value & (value - 1)) != 0) {
             return BAD_VALUE;
         }
         if (something_lives()) {

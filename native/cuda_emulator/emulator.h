@@ -23,10 +23,18 @@
 
 enum { MAX_DEVICES = 8, MAX_VIOLATIONS = 256, VIOLATION_CHARS = 240 };
 
-/* X(name, needs): every emulated entry point. A device's memory is virtual memory where the call says so. */
-enum Needs { NOTHING = 0, INIT = 1, CONTEXT = 3, VIRTUAL_INIT = 5, VIRTUAL = 7, TEXT = 8 };
+/* What a call needs before it begins: bits, and the combinations that calls have. */
 enum { NEEDS_INIT = 1, NEEDS_CONTEXT = 2, NEEDS_VIRTUAL_MEMORY = 4, OUTLIVES_STICKY = 8 };
+enum Needs {
+    NOTHING = 0,
+    TEXT = OUTLIVES_STICKY, /* constants: no state of a device shows in them */
+    INIT = NEEDS_INIT,
+    CONTEXT = INIT | NEEDS_CONTEXT,
+    VIRTUAL_INIT = INIT | NEEDS_VIRTUAL_MEMORY,
+    VIRTUAL = CONTEXT | NEEDS_VIRTUAL_MEMORY,
+};
 
+/* Every emulated entry point: X(name, needs). */
 #define CALLS(X)                                                                                                       \
     X(cuGetErrorName, TEXT)                                                                                            \
     X(cuGetErrorString, TEXT)                                                                                          \

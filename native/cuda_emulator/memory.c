@@ -265,7 +265,7 @@ CUresult memory_create(CUmemGenericAllocationHandle *handle, size_t n_bytes, con
         return misaligned(0, n_bytes);
     }
     struct Device *device = &state.devices[prop->location.id];
-    if (device->used_bytes + n_bytes > state.memory_bytes) {
+    if (device->used_bytes > state.memory_bytes || n_bytes > state.memory_bytes - device->used_bytes) {
         return CUDA_ERROR_OUT_OF_MEMORY;
     }
     result = open_memory_file(device);

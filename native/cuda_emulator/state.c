@@ -42,7 +42,7 @@ void state_init(void) {
     memset(state.plans, 0, sizeof state.plans);
     state.n_devices = 1;
     state.memory_bytes = UINT64_C(2) << 30;
-    state.max_mappings = 60000; /* each may be a mapping of the process, of which Linux allows 65,530 */
+    state.max_mappings = 30000; /* each may cost the process two of the 65,530 that Linux allows it */
     state.granularity_bytes = UINT64_C(2) << 20;
     state.virtual_memory = true;
     state.zero_new_pages = false;

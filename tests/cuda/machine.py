@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from vmem_kv.testing.emulator import Emulator, find_emulator, load_emulator
 
-PAGE = 4096  # the granularity that tests set: the smallest that the host can map
+PAGE = mmap.PAGESIZE  # the granularity that tests set: the smallest that the host can map
 DEVICE_MEMORY = 1  # CU_MEM_LOCATION_TYPE_DEVICE
 NONE, READ, READ_WRITE = 0, 1, 3
 

@@ -193,6 +193,9 @@ def access_of_another_kind(m: Machine) -> Iterator[int]:
     yield m.code(m.d.cuMemSetAccess(base, PAGE, [desc], 1))
     yield m.code(m.d.cuMemSetAccess(base, PAGE, [], 0))
     yield m.code(m.d.cuMemSetAccess(base, PAGE, [m.desc(), m.desc(1)], 2))
+    desc = m.desc()
+    desc.location.type = m.d.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST
+    yield m.code(m.d.cuMemGetAccess(desc.location, base))
     yield m.code(m.d.cuMemGetAccess(m.desc().location, base + PAGE))  # nothing is mapped there
     yield m.code(m.d.cuMemRetainAllocationHandle(base + PAGE))
 

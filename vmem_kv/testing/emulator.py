@@ -50,7 +50,7 @@ NOTHING = Live(0, 0, 0, 0, 0, 0)
 class Emulator:
     """The controls of the loaded library. Thread safe. In a forked child they raise `UsageError`, and all counts are 0.
 
-    A new one, and one that was reset: one device with 2 GiB, a granularity of 2 MiB, at most 60,000 accessible
+    A new one, and one that was reset: one device with 2 GiB, a granularity of 2 MiB, at most 30,000 accessible
     mappings, new pages full of 0xA5, all work done at once, no failures planned, cuInit not called.
 
     Args:
@@ -122,11 +122,14 @@ class Emulator:
         self._set(MEMORY_BYTES, n_bytes)
 
     def cap_mappings(self, n_mappings: int) -> None:
-        """Allow that many accessible mappings. Above it cuMemSetAccess answers OUT_OF_MEMORY."""
+        """Allow that many accessible mappings. Above it cuMemSetAccess answers OUT_OF_MEMORY.
+
+        Above 30,000 the system's limit (vm.max_map_count) may come first. Then cuMemUnmap may answer the same.
+        """
         self._set(MAX_MAPPINGS, n_mappings)
 
     def set_granularity(self, n_bytes: int) -> None:
-        """Set the granularity: a power of two, at least 4096.
+        """Set the granularity: a power of two, at least the system's page size.
 
         Raises:
             UsageError: Another size, or something is live.
