@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Mamba
 from typer.testing import CliRunner, Result
 
 import vmem_kv
+from tests.core.subprocesses import output_of
 from vmem_kv.cli import doctor as doctor_module
 from vmem_kv.cli import memory_trace
 from vmem_kv.cli.app import app
@@ -153,6 +154,23 @@ def test_checking_where_the_plot_goes_leaves_nothing(tmp_path: Path) -> None:
     result = run("generate", "./nowhere", "-p", "x", "--plot", tmp_path / "picture.png")
     assert "there is no folder nowhere" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "what"), [("gpu", "choose cpu, cuda or cuda:N"), ("meta", "there is no driver for meta")]
+)
+def test_a_device_that_cannot_be_is_refused_before_the_model_is_loaded(device: str, what: str) -> None:
+    result = run("generate", "no-such-model", "-p", PROMPT, "--device", device)
+    assert result.exit_code == 1
+    assert what in " ".join(result.stderr.split())
+
+
+def test_cuda_is_refused_where_torch_was_built_without_it() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch was built with CUDA")
+    result = run("generate", "no-such-model", "-p", PROMPT, "--device", "cuda")
+    assert result.exit_code == 1
+    assert "was built without CUDA" in " ".join(result.stderr.split())
 
 
 def test_a_layout_that_cannot_be_is_refused_before_the_model_is_loaded() -> None:
@@ -316,6 +334,38 @@ def test_doctor_says_why_the_native_part_is_not_used(monkeypatch: pytest.MonkeyP
     assert result.exit_code == 0
     assert "it was not built" in result.stdout
     assert "install a C compiler" in result.stdout
+
+
+def doctor_in_a_process_of_its_own(prelude: str = "") -> str:
+    code = f"""
+        {prelude}
+        import os, sys
+        os.environ["COLUMNS"] = "200"
+        sys.argv = ["vmem-kv", "doctor"]
+        from vmem_kv.cli import main
+        main()
+        """
+    return " ".join(output_of(code).split())
+
+
+def test_doctor_says_why_cuda_is_not_available_and_what_would_be_needed() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch was built with CUDA")
+    text = doctor_in_a_process_of_its_own()
+    assert "no NVIDIA driver: libcuda.so.1 was not found change: install the driver on a machine with an NVIDIA" in text
+    assert "built without CUDA change: for a GPU, install a build of torch with CUDA" in text
+    assert re.search(r"-- torch_flash on cpu it needs a CUDA device", text)
+    assert re.search(r"ok sdpa on cpu .* \(taken by auto\)", text)
+
+
+def test_doctor_describes_the_devices_that_there_are() -> None:
+    prelude = "from vmem_kv.testing.emulator import load_emulator; load_emulator()"
+    text = doctor_in_a_process_of_its_own(prelude)
+    assert "ok NVIDIA driver CUDA 13.0" in text
+    assert "ok cuda:0 Emulated device 0, 2.00 GiB" in text
+    assert "!! cache on cuda:0 " in text  # torch has no CUDA here
+    prelude += ".support_virtual_memory(False)"
+    assert "!! cuda:0 Emulated device 0, 2.00 GiB, no virtual memory" in doctor_in_a_process_of_its_own(prelude)
 
 
 def test_doctor_exits_with_1_where_no_driver_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,12 @@ _FORMAT = 1
 
 
 def load(
-    name: str | None = None, *, dtype: str = "float32", attention: str = "vmem_kv", report: Report = lambda _: None
+    name: str | None = None,
+    *,
+    dtype: str = "float32",
+    attention: str = "vmem_kv",
+    device: str = "cpu",
+    report: Report = lambda _: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder-only model, ready to generate, with its tokenizer (which pads on the left).
 
@@ -60,6 +65,7 @@ def load(
         name: A folder, a GGUF file or a name on the hub; None for the default model.
         dtype: One of `DTYPES`.
         attention: The name of an attention function that transformers knows, or "vmem_kv".
+        device: Where, as torch names it.
         report: Told how a conversion proceeds, if there is one.
 
     Raises:
@@ -83,6 +89,7 @@ def load(
             source, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **options)
+        model = model.to(device)
     return model.eval(), tokenizer
 
 

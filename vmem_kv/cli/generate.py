@@ -31,7 +31,7 @@ class Dtype(StrEnum):
 
 
 class Attention(StrEnum):
-    """Attention functions that run on a CPU."""
+    """Attention functions that need no other package."""
 
     VMEM_KV = "vmem_kv"
     SDPA = "sdpa"
@@ -71,6 +71,9 @@ def generate(
             show_default="vmem_kv, or eager for a model that needs what vmem_kv lacks",
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where model and cache live: cpu, cuda or cuda:N; see `vmem-kv doctor`.")
+    ] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that torch computes with.", show_default="torch's choice")
     ] = None,
@@ -114,10 +117,10 @@ def generate(
         cache_options["max_bytes"] = parse_bytes(max_memory)
     CacheConfig(**cache_options)  # refuses before a model is loaded what no model can make right
 
-    model, tokenizer = _load(err, model_name, dtype.value, (attention or Attention.VMEM_KV).value, threads)
+    model, tokenizer = _load(err, model_name, dtype.value, (attention or Attention.VMEM_KV).value, device, threads)
     from vmem_kv.cli import comparison, report  # they need torch, which took its time in _load
 
-    inputs = _encode(tokenizer, text, raw)
+    inputs = {name: tensor.to(model.device) for name, tensor in _encode(tokenizer, text, raw).items()}
     n_prompt = inputs["input_ids"].shape[1]
     n_max = _max_new_tokens(model, n_prompt, max_new_tokens)
     job = comparison.Job(
@@ -181,7 +184,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _load(
-    err: Console, name: str | None, dtype: str, attention: str, threads: int | None
+    err: Console, name: str | None, dtype: str, attention: str, device: str, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load torch, transformers and the model, with a bar that knows the phases of a conversion."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -193,6 +196,7 @@ def _load(
 
         if threads:
             torch.set_num_threads(threads)
+        place = _check_device(device)
 
         def report(phase: int) -> None:
             n_phases = len(models.CONVERSION_PHASES)
@@ -203,7 +207,22 @@ def _load(
                 err.print(text, highlight=False)
 
         progress.update(task, description="Loading the model")
-        return models.load(name, dtype=dtype, attention=attention, report=report)
+        return models.load(name, dtype=dtype, attention=attention, device=place, report=report)
+
+
+def _check_device(name: str) -> str:
+    """Refuse, before a model is loaded, a device that no cache can be on; return its full name."""
+    import torch
+
+    from vmem_kv.devices import open_driver
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device is {name!r}; choose cpu, cuda or cuda:N") from error
+    driver = open_driver(device, CacheConfig())
+    driver.close()
+    return driver.info.device
 
 
 def _warm_up(err: Console, job: Job, attention: Attention | None) -> Attention:
