@@ -9,8 +9,8 @@ import pytest
 
 from vmem_kv.driver.host import HostDriver
 
-from .backends import BACKENDS, require_native
-from .bench import Bench, OpenBench
+from .backends import BACKENDS, emulated_device, require_native
+from .bench import PAGE, Bench, OpenBench
 
 
 @pytest.fixture(params=["native", "python"])
@@ -21,9 +21,18 @@ def path(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every driver that the allocator is tested on."""
-    return str(request.param)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every driver that the allocator is tested on; on the emulated device no test may break one of its rules.
+
+    What a test leaves there (a cache with spoilt books cannot be closed) goes before the next one begins.
+    """
+    yield str(request.param)
+    if request.param == "cuda":
+        device = emulated_device()
+        violations = device.violations()
+        device.reset(force=True)
+        device.set_granularity(PAGE)
+        assert violations == []
 
 
 @pytest.fixture
