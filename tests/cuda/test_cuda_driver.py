@@ -130,7 +130,7 @@ def test_a_batch_that_runs_out_of_memory_keeps_what_it_created(emulator: Emulato
     emulator.cap_memory(3 * PAGE)
     reservation = driver.reserve(4 * PAGE)
     handles: list[Handle] = []
-    with pytest.raises(OutOfPages, match="no memory for another page of 2.00 MiB"):
+    with pytest.raises(OutOfPages, match=r"no memory for another page of 2\.00 MiB"):
         driver.create(PAGE, [reservation.base + i * PAGE for i in range(4)], handles)
     assert len(handles) == 3
     driver.release(PAGE, handles)

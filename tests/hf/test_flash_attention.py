@@ -1,7 +1,7 @@
 """transformers' own "flash_attention_2" over our cache: kernels get views of the mapped memory, and no copies.
 
-flash-attn needs a GPU. Here its two functions, with the signatures of flash-attn 2.8, are plain torch; everything around
-them (masks, unpadding, the choice of the function) is transformers' own code.
+flash-attn needs a GPU. Here its two functions, with the signatures of flash-attn 2.8, are plain torch; everything
+around them (masks, unpadding, the choice of the function) is transformers' own code.
 """
 
 from __future__ import annotations

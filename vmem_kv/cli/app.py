@@ -14,7 +14,10 @@ from rich.markup import escape
 
 import vmem_kv
 from vmem_kv.cli.doctor import doctor
+from vmem_kv.cli.frag import frag
 from vmem_kv.cli.generate import generate
+from vmem_kv.cli.replay import replay
+from vmem_kv.cli.stress import stress
 from vmem_kv.errors import VmemError
 
 P = ParamSpec("P")
@@ -104,3 +107,6 @@ def options(
 
 app.command()(explain_errors(generate))
 app.command()(explain_errors(doctor))
+app.command()(explain_errors(replay))
+app.command()(explain_errors(frag))
+app.command()(explain_errors(stress))

@@ -4,6 +4,8 @@ A byte of 0xFF everywhere is NaN in float16, bfloat16, float32 and float64, and 
 its last mapping goes (before that, since afterwards nobody can write it), and, on a device that does not promise zeros,
 when a new page becomes accessible for the first time. It stays poisoned until somebody scrubs or overwrites it.
 
+It breaks one rule of the contract, on purpose: the bytes of a page do not outlive its last mapping.
+
 Guarantees: changes no page that somebody may still use: an alias keeps its bytes until the last mapping goes.
 Assumptions: the caller waited for its fences before it unmaps, as the contract demands.
 """
