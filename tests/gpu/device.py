@@ -1,0 +1,23 @@
+"""What the tests in this folder need, and why they are skipped where it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+
+def _missing() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if importlib.util.find_spec("cuda.bindings") is None:
+        return "cuda-python's bindings are not installed"
+    return None
+
+
+_REASON = _missing()
+NEEDS_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
+"""For `pytestmark`."""

@@ -1,0 +1,559 @@
+"""Scenarios that are lived again for every driver call in them, with that call failing.
+
+A `Story` is one pool with a cache, and sequences that write every byte of their rows. A scenario is a list of calls.
+It is lived once without faults, which counts the injection points and notes what the sequences hold at every
+checkpoint; then once per point and plan. Whenever a call breaks off: the error is typed, the books are as before but
+for memory that went back, everything adds up, all sequences have all their bytes; then the same call is made again and
+must succeed. At every checkpoint the sequences hold, byte for byte, what they held without faults; in the end nothing
+is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from vmem_kv.cache import KVCache
+from vmem_kv.driver.base import Driver
+from vmem_kv.driver.checked import CheckedDriver
+from vmem_kv.errors import CapacityError, DriverError, OutOfSlots, VmemError
+from vmem_kv.growth import SlotId
+from vmem_kv.pages import PagePool
+from vmem_kv.testing import (
+    FaultyDriver,
+    ManualFence,
+    Plan,
+    Point,
+    driver_error,
+    fail_any,
+    fail_from,
+    fail_once,
+    interruption,
+    natural_error,
+    no_faults,
+)
+from vmem_kv.testing.operations import odd_layout
+
+from ..core.bench import books
+from .drivers import physical_bytes
+
+T = TypeVar("T")
+
+MAX_TOKENS = 40
+
+
+@dataclass(eq=False)
+class Sequence:
+    """What a sequence is to its owner."""
+
+    number: int
+    domain: str
+    slot: SlotId
+    n_tokens: int = 0
+    first_token: int = 0
+    n_written: int = 0  # rows before this one may hold its own bytes; those behind are nobody's
+    is_adopted: bool = False  # its slot may hold bytes of its own domain
+
+
+class Story:
+    """See this file's first lines."""
+
+    def __init__(self, device: Driver, plan: Plan, kind: str, *, keep_freed: bool, max_pages: int) -> None:
+        self.device = device
+        self.faulty = FaultyDriver(device, plan)
+        self.driver = CheckedDriver(self.faulty)
+        self.page_bytes = device.info.granularity_bytes
+        self.kind = kind
+        self.pool = PagePool(self.driver, self.page_bytes, max_pages, keep_freed=keep_freed)
+        self.caches: list[KVCache] = []
+        self.sequences: list[Sequence] = []
+        self.held: list[str] = []
+        self.n_failed_calls = 0
+        self._n_sequences = 0
+        self._spares: list[SlotId] = []
+
+    # What a scenario is made of. The cache is the one opened last.
+
+    @property
+    def cache(self) -> KVCache:
+        return self.caches[-1]
+
+    def open(self, n_slots: int = 8) -> None:
+        layout = odd_layout(self.kind, self.page_bytes, n_slots=n_slots, max_tokens=MAX_TOKENS)
+        self.attempt(lambda: self.caches.append(KVCache(self.pool, layout)))
+
+    def begin(self, domain: str | None = None, expected_tokens: int | None = None) -> Sequence:
+        return self.attempt(lambda: self._begin(domain, expected_tokens))
+
+    def keep_a_spare(self) -> None:
+        """Hold a slot back, for the case that another one breaks where all are needed."""
+        self._spares.append(self.attempt(lambda: self.cache.acquire(expected_tokens=0, domain="spare")))
+
+    def begin_two(self) -> list[Sequence]:
+        slots = self.attempt(lambda: self.kept(lambda: self.cache.acquire_adjacent(2, domain="two")))
+        return [self._sequence(slot_id, "two", is_adopted=True) for slot_id in slots]
+
+    def grow(self, lengths: dict[int, int]) -> None:
+        """Sequences, by their place in the list, get these lengths."""
+        self.attempt(lambda: self._grow({self.sequences[i]: n for i, n in lengths.items()}))
+
+    def premap(self, lengths: dict[int, int]) -> None:
+        self.attempt(
+            lambda: self.kept(
+                lambda: self.cache.premap({self.sequences[i].slot: n for i, n in lengths.items() if self.is_whole(i)})
+            )
+        )
+
+    def slide(self, index: int, first_token: int, *, waits: bool) -> None:
+        sequence, fence = self.sequences[index], ManualFence()
+        sequence.first_token = first_token  # before the call: the pages may go although it fails
+        self.attempt(lambda: self.cache.slide(sequence.slot, first_token, fence if waits else None))
+        self.check()
+        fence.pass_()
+        self.attempt(lambda: self.cache.reclaim(0))
+
+    def retire(self, *indices: int, waits: bool = False) -> None:
+        gone = [self.sequences[i] for i in indices]
+        fence = ManualFence() if waits else None
+        self.attempt(lambda: self._retire(gone, fence))
+        if fence is not None:
+            self.check()
+            fence.pass_()
+            self.attempt(lambda: self.cache.reclaim(0))
+
+    def reclaim(self, n_pages: int = 1000) -> None:
+        self.attempt(lambda: self.cache.reclaim(n_pages))
+
+    def trim(self) -> None:
+        self.attempt(lambda: self.pool.trim())
+
+    def resize(self, surplus: int) -> None:
+        """Give the pool a budget of what is alive now and `surplus` pages."""
+        n_live = sum(cache.stats().n_live_pages for cache in self.caches)
+        self.attempt(lambda: self.pool.resize(n_live + surplus + self.pool.n_quarantined))
+
+    def settle(self) -> None:
+        self.attempt(self.cache.settle)
+
+    def checkpoint(self) -> None:
+        """Note every byte of every live row."""
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            for rows, _ in self._rows(sequence, sequence.first_token, sequence.n_tokens):
+                digest.update(rows.tobytes())
+        self.held.append(digest.hexdigest())
+
+    def close(self) -> None:
+        for cache in self.caches:
+            gone = [s for s in self.sequences if s.slot in cache.active_slots() and cache is self.cache]
+            self.attempt(lambda gone=gone: self._retire(gone, None))  # type: ignore[misc]
+            left = cache.active_slots()
+            self.attempt(lambda cache=cache, left=left: cache.retire(left) if cache.active_slots() else None)  # type: ignore[misc]
+            self.attempt(cache.close)
+        self.caches = []
+        self.trim()
+
+    # Inside
+
+    def is_whole(self, index: int) -> bool:
+        return self.sequences[index].slot not in self.cache.region.broken
+
+    def _begin(self, domain: str | None, expected_tokens: int | None) -> Sequence:
+        name = domain or f"alone {self._n_sequences}"
+        slot = self._acquire(name, expected_tokens)
+        return self._sequence(slot, name, is_adopted=domain is not None)
+
+    def _acquire(self, domain: str, expected_tokens: int | None = None) -> SlotId:
+        try:
+            return self.kept(lambda: self.cache.acquire(expected_tokens=expected_tokens, domain=domain))
+        except OutOfSlots:
+            if not self._spares or not self.cache.region.broken:
+                raise
+            self.cache.retire(self._spares.pop())
+            return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
+
+    def _sequence(self, slot: SlotId, domain: str, *, is_adopted: bool) -> Sequence:
+        self._n_sequences += 1
+        self.sequences.append(Sequence(self._n_sequences, domain, slot, is_adopted=is_adopted))
+        return self.sequences[-1]
+
+    def _grow(self, lengths: dict[Any, int]) -> None:
+        for sequence in lengths:
+            if sequence.slot in self.cache.region.broken:
+                self._move(sequence)
+        wanted = {sequence.slot: n for sequence, n in lengths.items()}
+        try:
+            self.kept(lambda: self.cache.ensure(wanted))
+        except CapacityError:
+            if self.faulty.plan is not no_faults or not self.pool.n_quarantined:
+                raise
+            # Lost pages count against the budget: make up for them, as an operator could.
+            self.pool.resize(self.pool.max_pages + self.pool.n_quarantined)
+            self.cache.ensure(wanted)
+        for sequence, n_tokens in lengths.items():
+            self._write(sequence, n_tokens)
+
+    def _move(self, sequence: Sequence) -> None:
+        """An unmap failed under a sequence: it begins again in another slot, as its owner would let it."""
+        n_tokens, first_token = sequence.n_tokens, sequence.first_token
+        self.cache.retire(sequence.slot)
+        sequence.slot = self._acquire(sequence.domain)
+        sequence.n_tokens = sequence.first_token = sequence.n_written = 0
+        self.cache.ensure({sequence.slot: n_tokens})
+        self._write(sequence, n_tokens)
+        sequence.first_token = first_token
+        self.cache.slide(sequence.slot, first_token)
+
+    def _write(self, sequence: Sequence, n_tokens: int) -> None:
+        for plane_index, (rows, _) in enumerate(self._rows(sequence, sequence.n_written, n_tokens)):
+            assert sequence.is_adopted or not rows.any(), f"plane {plane_index} shows old bytes"
+        sequence.n_written = max(n_tokens, sequence.n_written)
+        for rows, expected in self._rows(sequence, min(sequence.n_tokens, n_tokens), n_tokens):
+            rows[:] = expected
+        sequence.n_tokens = n_tokens
+
+    def _rows(self, sequence: Sequence, first: int, end: int) -> Iterable[tuple[Any, Any]]:
+        """Per plane, the bytes `[first, end)` of a sequence and what they should be; views of `[token, byte]`."""
+        if first >= end:
+            return
+        tokens = np.arange(first, end)[:, None]
+        for plane_index, plane in enumerate(self.cache.layout.planes):
+            base = self.cache.region.reservation.base + plane.base_bytes + sequence.slot * plane.span_bytes
+            memory = (ctypes.c_char * ((end - first) * plane.token_bytes)).from_address(
+                base + first * plane.token_bytes
+            )
+            rows = np.frombuffer(memory, np.uint8).reshape(end - first, plane.token_bytes)
+            seed = sequence.number * 101 + plane_index * 57 + 1
+            yield rows, (seed + tokens * 31 + np.arange(plane.token_bytes) % 251).astype(np.uint8)
+
+    def _retire(self, gone: list[Sequence], fence: ManualFence | None) -> None:
+        still = [s for s in gone if s in self.sequences]
+        try:
+            self.cache.retire([s.slot for s in still], fence)
+        finally:
+            active = self.cache.active_slots()
+            self.sequences = [s for s in self.sequences if s not in still or s.slot in active]
+
+    def attempt(self, call: Callable[[], T]) -> T:
+        """Call; after a failure look at everything, stop the faults and call again."""
+        try:
+            return call()
+        except (CapacityError, DriverError, KeyboardInterrupt):
+            self.n_failed_calls += 1
+            self.check()
+            self.faulty.plan = no_faults
+        result = call()
+        self.check()
+        return result
+
+    def kept(self, call: Callable[[], T]) -> T:
+        """Call; a failure must leave all sequences alone and, unless it gave memory back, everything else too."""
+        before, active_before, warm_before = books(self.cache), active_part(self.cache), self._warm()
+        n_faults = len(self.faulty.faults)
+        try:
+            return call()
+        except (VmemError, KeyboardInterrupt):
+            after = books(self.cache)
+            assert active_part(self.cache) == active_before
+            gave_back = {"unmap", "release"} & {point.operation for point in self.faulty.faults[n_faults:]}
+            if not gave_back and self._warm() == warm_before:
+                assert after == before
+            raise
+
+    def _warm(self) -> list[object]:
+        return [list(cache._slots.warm.items()) for cache in self.caches]
+
+    def check(self) -> None:
+        """The books add up, by themselves and against the driver's, and every live row is there."""
+        for cache in self.caches:
+            cache.check()
+        n_stuck = sum(len(stuck.range[1]) for cache in self.caches for stuck in cache.region._stuck)
+        assert self.pool.n_mapped + n_stuck == self.driver.n_live_mappings
+        assert self.pool.n_owned == self.driver.n_live_handles
+        assert self.pool.n_in_flight == 0
+        assert physical_bytes(self.device) == self.pool.n_owned * self.page_bytes
+        for sequence in self.sequences:
+            for rows, expected in self._rows(sequence, sequence.first_token, sequence.n_tokens):
+                assert np.array_equal(rows, expected), f"sequence {sequence.number} lost bytes"
+
+    def end(self) -> None:
+        """After `close`: nothing is left but pages whose release failed, and those are counted."""
+        n_lost = self.pool.n_quarantined
+        left = (self.driver.n_live_mappings, self.driver.n_live_reservations, self.pool.n_mappings)
+        assert left == (0, 0, 0), left
+        assert self.driver.n_live_handles == n_lost == self.pool.n_owned
+        assert physical_bytes(self.device) == n_lost * self.page_bytes
+        for handle in self.pool._quarantined:
+            self.device.release(self.page_bytes, [handle])
+
+
+def active_part(cache: KVCache) -> dict[str, object]:
+    """What no failing call may change: all about the slots that belong to sequences."""
+    now = books(cache)
+    active = sorted(now["lengths"])
+    part = {
+        name: {slot_id: now[name].get(slot_id) for slot_id in active}
+        for name in ("lengths", "capacities", "first_tokens", "mapped", "handles", "domains")
+    }
+    return part | {"budget": now["budget"], "active": active}
+
+
+def opens_and_closes(story: Story) -> None:
+    story.open()
+    story.checkpoint()
+
+
+def prefills(story: Story) -> None:
+    story.open()
+    story.begin()
+    story.grow({0: 37})
+    story.checkpoint()
+
+
+def decodes(story: Story) -> None:
+    story.open()
+    story.begin()
+    story.grow({0: 5})
+    for n_tokens in range(6, MAX_TOKENS + 1):
+        story.grow({0: n_tokens})
+    story.checkpoint()
+
+
+def grows_several_across_planes(story: Story) -> None:
+    story.open()
+    for _ in range(3):
+        story.begin()
+    story.grow({0: 14, 1: 3, 2: 25})
+    story.grow({0: 30, 1: 12, 2: 26})
+    story.grow({0: 31, 1: MAX_TOKENS, 2: MAX_TOKENS})
+    story.checkpoint()
+
+
+def truncates(story: Story) -> None:
+    story.open()
+    story.begin()
+    story.grow({0: 25})
+    story.grow({0: 4})
+    story.checkpoint()
+    story.grow({0: 20})
+    story.grow({0: 38})
+    story.checkpoint()
+
+
+def slides(story: Story) -> None:
+    story.open()
+    story.begin()
+    story.grow({0: 30})
+    story.slide(0, 20, waits=True)
+    story.checkpoint()
+    story.grow({0: 38})
+    story.slide(0, 37, waits=False)
+    story.grow({0: MAX_TOKENS})
+    story.checkpoint()
+
+
+def retires_and_adopts(story: Story) -> None:
+    story.open()
+    story.begin("same")
+    story.begin()
+    story.grow({0: 30, 1: 20})
+    story.retire(0, 1, waits=True)
+    story.begin("same", 30)  # as it is
+    story.begin(None, 20)  # scrubbed
+    story.grow({0: 35, 1: 25})
+    story.checkpoint()
+    story.retire(0)
+    story.begin_two()
+    story.grow({1: 10, 2: 20})
+    story.checkpoint()
+
+
+def slides_and_adopts(story: Story) -> None:
+    story.open(4)
+    for _ in range(2):
+        story.begin()
+    for _ in range(2):
+        story.keep_a_spare()
+    story.grow({0: 30, 1: 10})
+    story.slide(0, 20, waits=False)
+    story.retire(0)
+    story.begin(None, 0)  # its front is gone: unmapped first
+    story.grow({1: 33})
+    story.checkpoint()
+
+
+def reclaims_under_pressure(story: Story) -> None:
+    story.open()
+    for _ in range(2):
+        story.begin()
+    story.grow({0: 30, 1: 20})
+    story.retire(0)
+    story.resize(12)  # warm pages are in the way
+    story.begin(None, 0)
+    story.grow({1: 20})
+    story.checkpoint()
+    story.reclaim()
+    story.trim()
+    story.resize(60)
+    story.grow({1: 36})
+    story.checkpoint()
+
+
+def resizes(story: Story) -> None:
+    story.open()
+    for _ in range(2):
+        story.begin()
+    story.grow({0: 30, 1: 20})
+    story.retire(1)
+    story.resize(0)
+    story.checkpoint()
+    story.resize(100)
+    story.begin()
+    story.grow({0: 35, 1: 35})
+    story.checkpoint()
+
+
+def premaps(story: Story) -> None:
+    story.open()
+    for _ in range(2):
+        story.begin()
+    story.grow({0: 2, 1: 2})
+    story.premap({0: 20, 1: 30})
+    story.grow({0: 19, 1: 29})
+    story.premap({0: MAX_TOKENS})
+    story.checkpoint()
+
+
+def settles(story: Story) -> None:
+    story.open()
+    for _ in range(2):
+        story.begin()
+    story.grow({0: 30, 1: 20})
+    story.slide(0, 10, waits=False)
+    story.retire(1)
+    story.settle()
+    story.reclaim(3)
+    story.checkpoint()
+
+
+def shares_a_pool(story: Story) -> None:
+    story.open(2)
+    story.begin()
+    story.grow({0: 30})
+    story.retire(0)
+    story.resize(14)
+    story.open(2)
+    story.begin()
+    story.grow({0: 36})  # reclaims what the other cache left
+    story.checkpoint()
+
+
+SCENARIOS: tuple[Callable[[Story], None], ...] = (
+    opens_and_closes,
+    prefills,
+    decodes,
+    grows_several_across_planes,
+    truncates,
+    slides,
+    retires_and_adopts,
+    slides_and_adopts,
+    reclaims_under_pressure,
+    resizes,
+    premaps,
+    settles,
+    shares_a_pool,
+)
+
+
+def next_after(n: int, operation: str) -> Plan:
+    """Fail the first point of `operation` behind point `n`."""
+    hit: list[int] = []
+
+    def plan(point: Point) -> BaseException | None:
+        if point.n > n and point.operation == operation and not hit:
+            hit.append(point.n)
+            return driver_error()(point)
+        return None
+
+    return plan
+
+
+PLANS: dict[str, Callable[[int], Plan]] = {
+    "once": lambda n: fail_once(n, natural_error),
+    "from then on": lambda n: fail_from(n, driver_error()),
+}
+
+COMPOUND_PLANS: dict[str, Callable[[int], Plan]] = {
+    "and the next unmap": lambda n: fail_any(fail_once(n, driver_error()), next_after(n, "unmap")),
+    "and the next release": lambda n: fail_any(fail_once(n, driver_error()), next_after(n, "release")),
+    "interrupted, and the next unmap": lambda n: fail_any(fail_once(n, interruption), next_after(n, "unmap")),
+}
+
+
+def live(device: Driver, plan: Plan, scenario: Callable[[Story], None], kind: str, *, keep_freed: bool) -> Story:
+    """Live one scenario from the beginning to the end."""
+    story = Story(device, plan, kind, keep_freed=keep_freed, max_pages=200)
+    scenario(story)
+    story.check()
+    story.close()
+    story.end()
+    return story
+
+
+def sweep(
+    device: Driver,
+    kind: str,
+    *,
+    keep_freed: bool,
+    plans: Iterable[str],
+    scenarios: Iterable[Callable[[Story], None]] = SCENARIOS,
+    only: Callable[[Story, str, int], bool] = lambda story, plan, n: True,
+) -> Counter[str]:
+    """Live every scenario once per injection point and plan; return the number of points per plan, and of faults.
+
+    Args:
+        device: What to run on.
+        kind: The layout.
+        keep_freed: Whether the pool keeps freed pages.
+        plans: Names of `PLANS` or `COMPOUND_PLANS`.
+        scenarios: What to live.
+        only: Whether a point is worth it, given the story lived without faults, the plan and the point's number.
+    """
+    makers = PLANS | COMPOUND_PLANS
+    counts: Counter[str] = Counter()
+    for scenario in scenarios:
+        calm = live(device, no_faults, scenario, kind, keep_freed=keep_freed)
+        assert calm.n_failed_calls == 0
+        baseline = open_files_and_threads()
+        for name in plans:
+            for n in range(1, calm.faulty.n_points + 1):
+                if not only(calm, name, n):
+                    continue
+                try:
+                    story = live(device, makers[name](n), scenario, kind, keep_freed=keep_freed)
+                    assert story.faulty.faults, "the point was not reached"
+                    assert story.held == calm.held, "what the sequences hold differs from a life without faults"
+                    assert open_files_and_threads() == baseline
+                except BaseException as error:
+                    where = f"{scenario.__name__}, {kind}, keep_freed={keep_freed}, {name}, point {n}"
+                    raise AssertionError(f"{where}: {error!r}") from error
+                counts[name] += 1
+                counts["faults"] += len(story.faulty.faults)
+                counts["compound"] += len(story.faulty.faults) > 1
+                counts["quarantined"] += story.pool.n_quarantined
+        counts["points"] += calm.faulty.n_points
+    assert physical_bytes(device) == 0
+    return counts
+
+
+def open_files_and_threads() -> tuple[int, int]:
+    """What a leak would add to."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()

@@ -1,0 +1,252 @@
+"""What happens to processes: killed, forked, interrupted, ended with live tensors, opened and closed again."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vmem_kv.cache import KVCache
+from vmem_kv.driver.base import Driver
+from vmem_kv.errors import UsageError
+from vmem_kv.growth import SlotId
+from vmem_kv.machine import count_mappings
+from vmem_kv.pages import PagePool
+from vmem_kv.testing.operations import Run, odd_layout, step
+
+from ..core.subprocesses import ROOT, output_of, run_python
+from .conftest import Record
+from .drivers import DRIVERS, open_driver, physical_bytes
+from .sweeping import open_files_and_threads
+
+N_KILLS = 200
+
+KILLS = """
+import os, random, signal, sys, time
+from vmem_kv.testing.operations import random_run
+from vmem_kv.driver.host import HostDriver
+from vmem_kv.driver.ledger import Ledger
+
+def shared_bytes():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Shmem:"))
+
+MIB = 1 << 20
+LEAK = {leak}
+choose = random.Random(11)
+before, n_working = shared_bytes(), 0
+keep = []
+for number in range({n_kills}):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        driver = HostDriver("native", ledger=Ledger())
+        base = driver.reserve(4 * MIB)
+        handles = []
+        driver.create(4096, range(base.base, base.end, 4096), handles)
+        driver.map(4096, range(base.base, base.end, 4096), handles)
+        if LEAK:
+            with open(f"/dev/shm/{{LEAK}}-{{number}}", "wb") as file:
+                file.write(bytes(4 * MIB))
+        os.write(writing, b"x")
+        while True:
+            random_run(number, 10_000, driver)
+    os.read(reading, 1)
+    time.sleep(choose.random() * 0.03)
+    n_working += os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    os.close(reading), os.close(writing)
+print(n_working, (shared_bytes() - before) // MIB)
+"""
+
+
+def test_memory_of_a_killed_process_goes_back(record: Record) -> None:
+    """Every child owns 4 MiB and more. Other processes of this machine may use some shared memory meanwhile: 200 MiB
+    of the 800 are allowed to them, and the next test sees that a leak is seen."""
+    n_working, mebibytes = map(int, output_of(KILLS.format(leak="''", n_kills=N_KILLS)).split())
+    assert n_working == N_KILLS
+    assert mebibytes < N_KILLS
+    record(f"kill -9: {N_KILLS} processes at random moments, shared memory of the machine {mebibytes:+d} MiB after all")
+
+
+def test_a_leak_of_killed_processes_is_seen(tmp_path: Path) -> None:
+    name = f"vmem-kv-proof-{tmp_path.parent.name}-{tmp_path.name}"
+    try:
+        _, mebibytes = map(int, output_of(KILLS.format(leak=repr(name), n_kills=100)).split())
+    finally:
+        for left in Path("/dev/shm").glob(f"{name}-*"):
+            left.unlink()
+    assert mebibytes > 200
+
+
+FORK = """
+import os
+from tests.proof.drivers import open_driver
+from vmem_kv.cache import KVCache
+from vmem_kv.errors import UsageError
+from vmem_kv.pages import PagePool
+from vmem_kv.testing import HostMemory
+from vmem_kv.testing.operations import odd_layout
+
+driver = open_driver({name!r})
+page = driver.info.granularity_bytes
+cache = KVCache(PagePool(driver, page, 100), odd_layout("per_layer", page, n_slots=2))
+slot = cache.acquire()
+cache.ensure({{slot: 20}})
+base = cache.region.reservation.base
+HostMemory().write(base, b"parent")
+child = os.fork()
+if child == 0:
+    refused = 0
+    calls = [cache.acquire, cache.check, cache.stats, lambda: cache.ensure({{slot: 40}}), lambda: cache.retire(slot)]
+    calls += [lambda: cache.reclaim(1), cache.close, cache.pool.trim, lambda: driver.reserve(page)]
+    for call in calls:
+        try:
+            call()
+        except UsageError:
+            refused += 1
+    os._exit(0 if refused == len(calls) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child was not refused"
+assert HostMemory().read(base, 6) == b"parent"
+cache.ensure({{slot: 40}})
+cache.check()
+cache.retire(slot)
+cache.close()
+driver.close()
+print("unharmed")
+"""
+
+
+def test_a_forked_child_is_refused_and_the_parent_is_unharmed(driver_name: str) -> None:
+    assert output_of(FORK.format(name=driver_name)) == "unharmed"
+
+
+LIVE_TENSORS = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vmem_kv import VmemCache
+config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                     num_key_value_heads=1, head_dim=16, pad_token_id=0)
+torch.manual_seed(0)
+cache = VmemCache(config)
+with torch.no_grad():
+    LlamaForCausalLM(config).eval()(torch.arange(1, 9)[None], past_key_values=cache)
+keys = cache.layers[0].keys
+print(keys.shape[2])
+"""
+
+
+@pytest.mark.parametrize("how", ["", "raise SystemExit(3)", "raise RuntimeError('mine')", "del cache"])
+def test_a_process_may_end_with_live_tensors(how: str) -> None:
+    done = run_python(LIVE_TENSORS + how)
+    assert done.stdout == "8\n", done.stderr
+    assert done.returncode == {"raise SystemExit(3)": 3, "raise RuntimeError('mine')": 1}.get(how, 0), done.stderr
+    assert ("Traceback" in done.stderr) == ("mine" in how), done.stderr
+
+
+def start_stress(*arguments: str) -> subprocess.Popen[str]:
+    command = "from vmem_kv.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", command, "stress", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until_it_works(process: subprocess.Popen[str]) -> None:
+    """Its memory file is open: the driver is."""
+    for _ in range(600):
+        if any("vmem_kv" in str(fd.readlink()) for fd in Path(f"/proc/{process.pid}/fd").iterdir() if fd.is_symlink()):
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not begin")
+
+
+def test_an_interrupted_stress_run_gives_its_verdict() -> None:
+    process = start_stress("--minutes", "5")
+    wait_until_it_works(process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "stopped by the user" in out
+    assert "clean" in out
+
+
+def test_interrupted_twice_it_ends_without_a_traceback() -> None:
+    process = start_stress("--minutes", "5", "--threads", "2")
+    wait_until_it_works(process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in err
+
+
+def test_a_thousand_caches_in_one_process_leave_nothing(driver_name: str, record: Record) -> None:
+    def cycle() -> None:
+        driver = open_driver(driver_name)
+        page = driver.info.granularity_bytes
+        pool = PagePool(driver, page, 40)
+        cache = KVCache(pool, odd_layout("group:2", page, n_slots=2))
+        cache.ensure({cache.acquire(): 20})
+        cache.retire(cache.active_slots())
+        cache.close()
+        pool.trim()
+        assert physical_bytes(driver) == 0
+        driver.close()
+
+    for _ in range(5):
+        cycle()
+    before = (*open_files_and_threads(), count_mappings())
+    for _ in range(1000):
+        cycle()
+    files, threads, mappings = (*open_files_and_threads(), count_mappings())
+    assert (files, threads) == before[:2]
+    assert mappings <= before[2] + 20  # Python's own heap
+    record(
+        f"open and close, {driver_name}: 1,000 cycles, files and threads as before, mappings {mappings - before[2]:+d}"
+    )
+
+
+def test_caches_on_two_drivers_in_one_process_do_not_meet(record: Record) -> None:
+    choose = random.Random(2)
+    drivers = [open_driver(name) for name in (*DRIVERS, *DRIVERS)]
+    runs = [Run(driver, "group:2", n_slots=3, max_pages=30, keep_freed=True) for driver in drivers]
+    for _ in range(4000):
+        step(choose.choice(runs), choose, fault_share=0.0)
+    n_ops = sum(run.n_ops for run in runs)
+    for run in runs:
+        run.finish()
+        run.base.close()
+    record(
+        f"four caches on four drivers in one process: {n_ops:,} operations in turns, 0 differences from their models"
+    )
+
+
+def test_two_caches_on_one_pool_see_their_own_rows_only(driver: Driver) -> None:
+    page = driver.info.granularity_bytes
+    run = Run(driver, "per_layer", n_slots=3, max_pages=60, keep_freed=True)
+    other = KVCache(run.pool, odd_layout("token_major", page, n_slots=2))
+    slot = other.acquire(domain="other")
+    other.ensure({slot: 40})
+    assert other.stats().n_elsewhere_pages == 0
+    run.cache.ensure({run.cache.acquire(): 30})
+    run.tags.write(0, 0, 30, 1)
+    other.ensure({slot: 41})
+    run.tags.verify(0, 0, 30)
+    with pytest.raises(UsageError):
+        other.ensure({SlotId(1): 3})
+    other.retire(slot)
+    other.close()
+    run.cache.retire(run.cache.active_slots())
+    run.cache.close()
+    run.pool.trim()

@@ -1,0 +1,135 @@
+"""Random operations against the reference model, with shadow tags on every row, on every driver.
+
+pytest tests/proof/test_random_ops.py                      1,000,000 operations
+pytest tests/proof/test_random_ops.py --long -n 2          100,000,000
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vmem_kv.driver.base import Driver
+from vmem_kv.testing.operations import MAX_TOKENS, Found, Operation, Run, random_run
+from vmem_kv.testing.shrink import repeat, shrink, shrink_run
+from vmem_kv.testing.targets import open_driver as open_by_name
+
+from .conftest import Record
+from .drivers import OPENERS, open_driver
+from .mistakes import IN_ANY_RUN, Mistake, does_not_scrub
+
+SHARDS = {("native", seed): 100_000 for seed in range(1, 9)} | {("cuda", seed): 50_000 for seed in range(1, 5)}
+"""(driver, seed) -> operations in the short form; 100 times as many in the long one."""
+
+
+@pytest.mark.timeout(12 * 3600)
+@pytest.mark.parametrize(("name", "seed"), SHARDS)
+def test_random_operations_agree_with_the_model(name: str, seed: int, is_long: bool, record: Record) -> None:
+    driver = open_driver(name)
+    n_ops = SHARDS[name, seed] * (100 if is_long else 1)
+    totals = random_run(seed, n_ops, driver, opener=OPENERS[name])
+    driver.close()
+    assert totals.n_ops == n_ops
+    assert totals.n_checks > 50 * n_ops
+    record(
+        f"random operations, {name}, seed {seed}: {totals.n_ops:,} operations, {totals.n_faults:,} faults, "
+        f"{totals.n_checks:,} tags verified, {totals.n_pages:,} pages read as zeros"
+    )
+
+
+@pytest.mark.parametrize("mistake", IN_ANY_RUN)
+def test_random_operations_find_a_planted_mistake(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake(monkeypatch)
+    with pytest.raises(Found):
+        random_run(1, 20_000, open_driver("native"))
+
+
+def test_a_finding_is_a_program_that_repeats_it_and_can_be_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    does_not_scrub(monkeypatch)
+    with pytest.raises(Found) as caught:
+        random_run(1, 20_000, open_driver("native"))
+    run = caught.value.run
+    with pytest.raises(AssertionError, match="old bytes"):
+        exec(caught.value.program, {})
+    n_whole = len(run.history)
+    run.history = shrink_run(lambda: open_driver("native"), run.settings, run.history)
+    # a sequence with a page, its end, and another domain's or one that grows into a page kept by the pool
+    assert len(run.history) <= 6 < n_whole
+    with pytest.raises(AssertionError, match="old bytes"):
+        exec(run.program(), {})
+    monkeypatch.undo()
+    exec(run.program(), {})
+
+
+def test_shrinking_keeps_what_fails_and_leaves_out_the_rest() -> None:
+    assert sorted(shrink(range(100), lambda some: {17, 58, 59} <= set(some))) == [17, 58, 59]
+    assert shrink([], lambda some: True) == []
+    assert shrink(range(8), lambda some: len(some) >= 3, max_attempts=0) == list(range(8))
+
+
+SLOTS = st.integers(0, 2)
+FAULTS = st.none() | st.tuples(st.booleans(), st.integers(1, 6))
+LENGTHS = st.dictionaries(SLOTS, st.integers(0, MAX_TOKENS), min_size=1)
+FENCES = st.integers(0, 5)
+
+
+def operations() -> st.SearchStrategy[Operation]:
+    """Any operation, whether it makes sense or not."""
+    arguments: dict[str, st.SearchStrategy[tuple[object, ...]]] = {
+        "acquire": st.tuples(st.integers(0, MAX_TOKENS), st.sampled_from("ab")),
+        "ensure": st.tuples(LENGTHS),
+        "premap": st.tuples(LENGTHS),
+        "slide": st.tuples(SLOTS, st.integers(1, MAX_TOKENS), st.none() | FENCES),
+        "retire": st.tuples(SLOTS, st.none() | FENCES),
+        "pass_fence": st.tuples(FENCES),
+        "reclaim": st.tuples(st.integers(1, 20)),
+        "trim": st.tuples(st.integers(1, 20)),
+        "resize": st.tuples(st.integers(8, 40)),
+    }
+    weighted = ["acquire"] * 3 + ["ensure"] * 5 + ["retire"] * 2 + list(arguments)
+    return st.sampled_from(weighted).flatmap(lambda name: st.builds(Operation, st.just(name), arguments[name], FAULTS))
+
+
+def makes_sense(run: Run, operation: Operation) -> bool:
+    takes_a_fence = operation.name in ("slide", "retire") and operation.arguments[-1] in run.fences
+    return run.is_possible(operation) and not takes_a_fence and run.n_broken() < 2
+
+
+SETTINGS = settings(
+    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def test_hypothesis_finds_no_list_of_operations_that_goes_wrong(driver: Driver, record: Record) -> None:
+    n_done = 0
+
+    @SETTINGS
+    @given(st.lists(operations(), min_size=5, max_size=60), st.booleans())
+    def try_list(wanted: list[Operation], keep_freed: bool) -> None:
+        nonlocal n_done
+        run = Run(driver, "group:2", n_slots=3, max_pages=24, keep_freed=keep_freed)
+        for operation in wanted:
+            if makes_sense(run, operation):
+                run.do(operation)
+        run.finish()
+        n_done += run.n_ops
+
+    try_list()
+    assert n_done > 1000
+    record(f"hypothesis, {driver.info.name}: 300 lists, {n_done:,} operations that made sense")
+
+
+def test_operations_that_make_no_sense_are_left_out_of_a_repetition() -> None:
+    driver = open_by_name("host:native")
+    wanted = [
+        Operation("ensure", ({0: 3},), None),
+        Operation("acquire", (3, "a"), None),
+        Operation("ensure", ({0: 3},), None),
+        Operation("slide", (0, 9, None), None),
+        Operation("pass_fence", (1,), None),
+        Operation("retire", (2, None), None),
+    ]
+    run = repeat(driver, {"n_slots": 2}, wanted)
+    assert run.history == wanted[1:3]
+    driver.close()

@@ -1,0 +1,295 @@
+"""Every form of trace, and every way in which a file can be none."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import random
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from vmem_kv.errors import ConfigError
+from vmem_kv.traces import Request, find_shape, read_trace, scan_trace
+from vmem_kv.traces.conversations import MAX_CONVERSATION_CHARS
+from vmem_kv.traces.lines import MAX_LINE_BYTES
+
+HEADER = "arrival_s,prompt_tokens,output_tokens,session_id,prefix_hashes\n"
+
+
+def write(folder: Path, text: str | bytes, name: str = "trace.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def requests(path: Path) -> list[Request]:
+    return list(read_trace(path))
+
+
+def test_a_csv_of_two_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "prompt_tokens,output_tokens\n100,50\n")
+    assert requests(path) == [Request(None, 100, 50)]
+    summary = scan_trace(path)
+    assert (summary.form, summary.n_requests, summary.longest_tokens) == ("normalised", 1, 150)
+    assert not summary.has_arrivals
+
+
+def test_the_normalised_form(tmp_path: Path) -> None:
+    text = f"# trace: mine\n# source: \x22quoted\x22\n{HEADER}0,374,44,,\n\n4.5,396,0,s1,1-3 7\n4.5,1,7,s1,\n"
+    path = write(tmp_path, text)
+    assert requests(path) == [Request(0.0, 374, 44), Request(4.5, 396, 0), Request(4.5, 1, 7)]
+    summary = scan_trace(path)
+    assert summary.has_arrivals
+    assert summary.is_ascending
+    assert (summary.prompt_tokens, summary.output_tokens, summary.mean_tokens) == (771, 51, 274)
+    assert scan_trace(path, 2).n_requests == 2
+    assert list(read_trace(path, 1)) == [Request(0.0, 374, 44)]
+
+
+def test_columns_may_stand_in_any_order_and_be_quoted(tmp_path: Path) -> None:
+    path = write(tmp_path, 'note,"output_tokens",prompt_tokens\n"a, b",5,6\nplain,7,8\n')
+    assert requests(path) == [Request(None, 6, 5), Request(None, 8, 7)]
+
+
+def test_arrivals_that_go_back_or_are_missing_are_noticed(tmp_path: Path) -> None:
+    back = scan_trace(write(tmp_path, HEADER + "5,1,1,,\n4,1,1,,\n"))
+    assert back.has_arrivals
+    assert not back.is_ascending
+    assert not scan_trace(write(tmp_path, HEADER + "5,1,1,,\n,1,1,,\n")).has_arrivals
+
+
+def test_azure(tmp_path: Path) -> None:
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    lines += ["2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109", "2023-11-17 00:00:00,1,2"]
+    path = write(tmp_path, "\r\n".join(lines) + "\r\n")
+    found = requests(path)
+    assert [r[1:] for r in found] == [(374, 44), (396, 109), (1, 2)]
+    assert found[0].arrival_s is not None
+    assert found[1].arrival_s == pytest.approx(found[0].arrival_s + 4.314579, abs=1e-6)
+    assert scan_trace(path).form == "Azure"
+    with_zone = write(tmp_path, f"{lines[0]}\n2023-11-16 18:15:46.680590+00:00,374,44\n")
+    assert requests(with_zone)[0].arrival_s == pytest.approx(found[0].arrival_s, abs=1e-5)
+
+
+def test_burstgpt(tmp_path: Path) -> None:
+    text = (
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n"
+    )
+    path = write(tmp_path, text + "45.5,GPT-4,300,0,300,API log\n")
+    assert requests(path) == [Request(5.0, 472, 18), Request(45.5, 300, 0)]
+    assert scan_trace(path).form == "BurstGPT"
+
+
+def test_mooncake(tmp_path: Path) -> None:
+    rows = [{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}]
+    rows += [{"timestamp": 3000, "input_length": 7322, "output_length": 490, "hash_ids": list(range(300))}]
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)) + "\n", "trace.jsonl")
+    assert requests(path) == [Request(0.0, 6758, 500), Request(3.0, 7322, 490)]
+    assert scan_trace(path).form == "Mooncake"
+
+
+def conversation(*texts: str) -> dict[str, object]:
+    speakers = itertools.cycle(("human", "gpt"))
+    return {"id": "x", "conversations": [{"from": s, "value": t} for s, t in zip(speakers, texts, strict=False)]}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_sharegpt(tmp_path: Path, indent: int | None) -> None:
+    items = [conversation("a" * 40, "b" * 10, "c" * 4, "d" * 8), conversation(), conversation("é" * 8, "f" * 4)]
+    path = write(tmp_path, json.dumps(items, indent=indent), "sharegpt.json")
+    # A later prompt is all that was said before: 10 + 3 + 1 tokens.
+    assert requests(path) == [Request(None, 10, 3), Request(None, 14, 2), Request(None, 2, 1)]
+    summary = scan_trace(path)
+    assert summary.form == "ShareGPT"
+    assert "estimated" in summary.note
+
+
+def test_sharegpt_is_read_piece_by_piece(tmp_path: Path) -> None:
+    texts = [("x" * n, "y" * (n // 2)) for n in (10, 300_000, 5, 700_000, 1)] * 8
+    path = write(tmp_path, json.dumps([conversation(*pair) for pair in texts]), "sharegpt.json")
+    tracemalloc.start()
+    try:
+        found = requests(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == [Request(None, -(-len(a) // 4), -(-len(b) // 4)) for a, b in texts]
+    assert peak < path.stat().st_size / 1.5
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.csv"])
+def test_gzip_is_told_by_its_content(tmp_path: Path, name: str) -> None:
+    assert requests(write(tmp_path, gzip.compress(b"prompt_tokens,output_tokens\n3,4\n"), name)) == [
+        Request(None, 3, 4)
+    ]
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert requests(write(tmp_path, b"\xef\xbb\xbfprompt_tokens,output_tokens\n3,4\n")) == [Request(None, 3, 4)]
+
+
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+BURST = "Timestamp,Model,Request tokens,Response tokens\n"
+PAIR = "prompt_tokens,output_tokens\n"
+GZIPPED = gzip.compress(PAIR.encode() + b"3,4\n" * 1000)
+
+BAD: dict[str, tuple[str | bytes, str]] = {
+    # what: content, what the message must say
+    "empty": ("", "holds no request"),
+    "white space": (" \n\n", "holds no request"),
+    "header alone": (PAIR, "holds no request"),
+    "comments alone": ("# a\n# b\n", "holds no request"),
+    "zero bytes": (PAIR.encode() + b"1,2\n\0\0,4\n", "line 3: holds zero bytes"),
+    "not UTF-8": (PAIR.encode() + b"1,2\n\xff\xfe,4\n", "line 3: is not UTF-8"),
+    "unknown columns": ("a,b\n1,2\n", "line 1: has the columns 'a, b'"),
+    "one column missing": ("prompt_tokens,output\n1,2\n", "which is no form known here"),
+    "no header": ("1,2\n3,4\n", "A CSV trace begins with a header"),
+    "short row": (PAIR + "1,2\n5\n", "line 3: has 1 columns, 2 are needed"),
+    "text for a number": (PAIR + "1,two\n", "line 2: output tokens are 'two'"),
+    "a fraction": (PAIR + "1.5,2\n", "line 2: prompt tokens are '1.5'"),
+    "nothing": (PAIR + ",2\n", "line 2: prompt tokens are ''"),
+    "NaN tokens": (PAIR + "nan,2\n", "prompt tokens are 'nan'"),
+    "other digits": (PAIR + "١٢,2\n", "which is no whole number"),
+    "negative": (PAIR + "1,2\n-3,4\n", "line 3: prompt tokens are -3; they must lie between 1"),
+    "no prompt": (PAIR + "0,4\n", "prompt tokens are 0"),
+    "huge": (PAIR + f"{10**30},4\n", "prompt tokens have 31 digits"),
+    "too large": (PAIR + "100000001,4\n", "must lie between 1 and 100,000,000"),
+    "open quote": (PAIR + '1,"2\n3,4\n', "line 2: is no row of a CSV"),
+    "NaN arrival": (HEADER + "nan,1,1,,\n", "line 2: the arrival is nan"),
+    "infinite arrival": (HEADER + "inf,1,1,,\n", "the arrival is inf"),
+    "negative arrival": (HEADER + "-1,1,1,,\n", "the arrival is -1"),
+    "no number": (HEADER + "soon,1,1,,\n", "the arrival is 'soon'"),
+    "Azure, no time": (AZURE + ",1,1\n", "line 2: the time is ''"),
+    "Azure, no date": (AZURE + "yesterday,1,1\n", "the time is 'yesterday'"),
+    "Azure, a dot and nothing": (AZURE + "2023-11-16 18:15:46.,1,1\n", "it must look like"),
+    "BurstGPT, no time": (BURST + ",x,1,1\n", "line 2: has no arrival"),
+    "JSON, cut": ('{"timestamp": 0, "inp', "line 1: is no JSON"),
+    "JSON, no object": ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n[1]\n', "line 2: is no JSON object"),
+    "JSON, keys missing": ('{"timestamp": 1}\n', "line 1: lacks input_length, output_length"),
+    "JSON, a text": ('{"timestamp": 1, "input_length": "x", "output_length": 1}', "input_length are 'x'"),
+    "JSON, a truth": ('{"timestamp": 1, "input_length": true, "output_length": 1}', "input_length are 'True'"),
+    "JSON, NaN": ('{"timestamp": NaN, "input_length": 5, "output_length": 1}', "the arrival is nan ms"),
+    "JSON, endless": ('{"timestamp": 1e999, "input_length": 5, "output_length": 1}', "timestamp is 'inf'"),
+    "JSON, a fraction": ('{"timestamp": 1, "input_length": 5.5, "output_length": 1}', "input_length are '5.5'"),
+    "JSON, huge": (f'{{"timestamp": 1, "input_length": {10**4000}, "output_length": 1}}', "a number of 13288 bits"),
+    "JSON, too huge": (f'{{"timestamp": 1, "input_length": {"9" * 5000}, "output_length": 1}}', "is no JSON"),
+    "JSON, deep": ('{"timestamp": ' + "[" * 100_000, "is no JSON"),
+    "array, cut": ('[{"conversations": [', "line 1: a conversation that begins here is no JSON"),
+    "array, not closed": ('[{"conversations": []}', "the file ends before its array does"),
+    "array, empty": ("[]", "holds no request"),
+    "array, no comma": ('[{"conversations": []} {"conversations": []}]', "a comma or the array's end"),
+    "array, more behind": ('[{"conversations": []}] x', "something behind the array's end"),
+    "array, other objects": ('[\n\n{"text": "x"}]', "line 3: a conversation has no list"),
+    "array, other turns": ('[{"conversations": [{"from": "human"}]}]', "has no texts"),
+    "array, deep": ("[" * 100_000, "is no JSON"),
+    "array, not UTF-8": (b'[{"conversations": "\xff"}]', "not UTF-8 text"),
+    "gzip, cut": (GZIPPED[: len(GZIPPED) // 2], "cannot be read"),
+    "gzip, broken": (GZIPPED[:12] + b"junk" + GZIPPED[20:], "cannot be read"),
+    "gzip in name only": (b"\x1f\x8bgarbage that goes on for a while", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_no_trace_is_refused_with_file_and_reason(tmp_path: Path, what: str) -> None:
+    content, reason = BAD[what]
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError) as caught:
+        scan_trace(path)
+    assert str(path) in str(caught.value)
+    assert reason in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 500
+    if "holds no request" not in reason:
+        with pytest.raises(ConfigError):
+            requests(path)
+
+
+def test_missing_folders_and_forbidden_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        scan_trace(tmp_path / "nowhere.csv")
+    with pytest.raises(ConfigError, match="this is a folder"):
+        scan_trace(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        scan_trace(Path("/proc/self/mem"))
+
+
+def test_a_line_of_ten_million_characters_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = write(tmp_path, PAIR + "1" * 10_000_000 + ",5\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"line 2: longer than 1,048,576 bytes"):
+            scan_trace(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * MAX_LINE_BYTES
+    with pytest.raises(ConfigError, match="line 1: longer"):
+        scan_trace(write(tmp_path, "x" * 10_000_000))
+    with pytest.raises(ConfigError, match="line 1: longer"):
+        scan_trace(write(tmp_path, "{" + " " * 10_000_000))
+
+
+def test_a_gzip_bomb_is_refused_without_unpacking_it(tmp_path: Path) -> None:
+    path = write(tmp_path, gzip.compress(bytes(200_000_000)), "bomb.gz")
+    with pytest.raises(ConfigError, match="longer than"):
+        scan_trace(path)
+
+
+def test_a_conversation_without_end_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, '[{"conversations": [{"from": "human", "value": "' + "x" * (MAX_CONVERSATION_CHARS + 10))
+    with pytest.raises(ConfigError, match="longer than"):
+        scan_trace(path)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_bytes_are_a_trace_or_a_config_error(tmp_path: Path, seed: int) -> None:
+    """Cut, mix and damage good files; nothing but ConfigError may come out."""
+    rng = random.Random(seed)
+    good = [
+        (HEADER + "0,374,44,,\n4.5,396,0,s1,1-3 7\n").encode(),
+        (AZURE + "2023-11-16 18:15:46.6805900,374,44\n").encode(),
+        (BURST + "5,ChatGPT,472,18\n").encode(),
+        b'{"timestamp": 0, "input_length": 6758, "output_length": 500}\n' * 3,
+        json.dumps([conversation("a" * 40, "b" * 10)]).encode(),
+        GZIPPED,
+    ]
+    data = bytearray(rng.choice(good))
+    for _ in range(rng.randint(1, 8)):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(4):
+            case 0:
+                data[at : at + 1] = os.urandom(1)
+            case 1:
+                data[at:at] = rng.choice([b",", b'"', b"\n", b"-", b"e9", b"[", b"{", b"nan", b"\xff", b"9" * 30])
+            case 2:
+                del data[at : at + rng.randint(1, 20)]
+            case _:
+                data[at:at] = rng.choice(good)[: rng.randint(1, 60)]
+    path = write(tmp_path, bytes(data))
+    try:
+        summary = scan_trace(path)
+    except ConfigError:
+        return
+    found = requests(path)
+    assert summary.n_requests == len(found) >= 1
+    assert all(r.prompt_tokens >= 1 and r.output_tokens >= 0 for r in found)
+
+
+def test_shapes_by_name_and_by_numbers() -> None:
+    assert find_shape("llama-3-8b").token_bytes == 2 * 32 * 8 * 128 * 2 == 131_072
+    assert find_shape("Llama-3-70B").token_bytes == 2 * 80 * 8 * 128 * 2
+    assert find_shape("qwen3-0.6b").token_bytes == 2 * 28 * 8 * 128 * 2
+    assert find_shape("smollm2-135m").token_bytes == 2 * 30 * 3 * 64 * 2
+    assert find_shape("deepseek-v3").token_bytes == 61 * (64 + 512) * 2
+    assert find_shape("32x8x128").layers == find_shape("llama-3-8b").layers
+    assert find_shape("2x3x5:fp32").token_bytes == 2 * 2 * 3 * 5 * 4
+    assert find_shape("2x3x5:fp8").token_bytes == 2 * 2 * 3 * 5
+
+
+@pytest.mark.parametrize("text", ["", "gpt", "0x8x128", "32x8", "32x8x128:bf15", "99999x8x128", "32x8x128:", "-1x8x8"])
+def test_unknown_shapes_are_refused_with_the_known_ones(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"llama-3-8b|at least 1|bf16"):
+        find_shape(text)

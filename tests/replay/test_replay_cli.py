@@ -1,0 +1,266 @@
+"""`vmem-kv replay` and `vmem-kv frag` as a user types them, on small traces of every form."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner, Result
+
+from vmem_kv.cli import replay as replay_command
+from vmem_kv.cli.app import app
+from vmem_kv.driver.host import HostDriver
+from vmem_kv.replay.memory import AllocatorMemory, Key
+from vmem_kv.replay.study import SCHEMES
+
+PAIR = "prompt_tokens,output_tokens\n"
+SMALL = ("--model", "smollm2-135m", "--budget", "64MiB")
+
+TRACES: dict[str, tuple[str, bytes]] = {
+    "two lines": ("normalised", (PAIR + "100,50\n").encode()),
+    "normalised": ("normalised", b"arrival_s,prompt_tokens,output_tokens\n0,100,50\n1.5,30,5\n"),
+    "gzipped": ("normalised", gzip.compress((PAIR + "100,50\n").encode())),
+    "Azure": ("Azure", b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:15:46.6805900,374,44\r\n"),
+    "BurstGPT": ("BurstGPT", b"Timestamp,Model,Request tokens,Response tokens,Total tokens\n5,ChatGPT,472,18,490\n"),
+    "Mooncake": ("Mooncake", b'{"timestamp": 0, "input_length": 675, "output_length": 50, "hash_ids": [0]}\n'),
+    "ShareGPT": (
+        "ShareGPT",
+        b'[{"conversations": [{"from": "human", "value": "why is that?"}, {"from": "gpt", "value": "because"}]}]',
+    ),
+}
+
+
+def run(*arguments: str | Path, columns: int = 120) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns)})
+
+
+def write(folder: Path, content: str | bytes, name: str = "mine.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def many(n_requests: int = 60) -> str:
+    """Requests of unlike lengths, four a second."""
+    rows = [f"{i / 4},{10 + i * 37 % 900},{1 + i * 13 % 60}" for i in range(n_requests)]
+    return "arrival_s,prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n"
+
+
+def replayed(folder: Path, path: Path, *options: str) -> dict[str, Any]:
+    out = folder / "out.json"
+    result = run("replay", path, *options, "--json", out)
+    assert result.exit_code == 0, result.output
+    data: dict[str, Any] = json.loads(out.read_text())
+    return data
+
+
+@pytest.mark.parametrize("what", TRACES)
+def test_every_form_is_replayed_and_studied(tmp_path: Path, what: str) -> None:
+    form, content = TRACES[what]
+    path = write(tmp_path, content)
+    for command in ("replay", "frag"):
+        result = run(command, path, *SMALL)
+        assert result.exit_code == 0, result.output
+        assert f"{form} form" in result.stdout
+        assert "\nTraceback" not in result.output
+
+
+def test_help_teaches_with_examples() -> None:
+    assert "vmem-kv replay mooncake.jsonl --model llama-3-70b" in run("replay", "--help", columns=200).stdout
+    assert "--plot frag.png" in run("frag", "--help", columns=200).stdout
+
+
+def test_the_table_names_each_figure_and_what_it_counts(tmp_path: Path) -> None:
+    result = run("replay", write(tmp_path, many()), *SMALL)
+    for text in ("requests done", "rejected", "preempted", "live / active", "live / owned", "waste:", "driver calls"):
+        assert text in result.stdout
+    for text in ("p50 / p99", "owned pages", "of 60", "smollm2-135m, 23,040 bytes a token"):
+        assert text in result.stdout
+
+
+def test_json_says_what_the_table_says(tmp_path: Path) -> None:
+    data = replayed(tmp_path, write(tmp_path, many()), *SMALL, "--layout", "token_major", "--page-bytes", "64k")
+    assert data["counts"]["n_done"] == 60
+    assert data["counts"]["n_output_tokens"] == sum(1 + i * 13 % 60 for i in range(60))
+    assert data["layout"] == "token_major"
+    assert data["page_bytes"] == 65536
+    assert data["load"] == "recorded"
+    assert data["is_complete"]
+    assert sum(data["driver_calls"].values()) == data["n_driver_calls"]
+    assert 0 < data["whole"]["live_of_owned"] <= data["whole"]["live_of_mapped"] <= data["whole"]["live_of_active"] <= 1
+    assert data["driver_calls_per_1000_tokens"] > 0
+    assert data["step_times"]["p50_us"] <= data["step_times"]["p99_us"]
+
+
+def test_options_change_what_they_say(tmp_path: Path) -> None:
+    path = write(tmp_path, many())
+    base = (*SMALL, "--layout", "token_major", "--page-bytes", "64k", "--load", "full")
+    warm, cold = replayed(tmp_path, path, *base), replayed(tmp_path, path, *base, "--no-warm")
+    assert "unmap" not in warm["driver_calls"] or warm["driver_calls"]["unmap"] < cold["driver_calls"]["unmap"]
+    assert cold["whole"]["live_of_active"] > warm["whole"]["live_of_active"]
+    assert replayed(tmp_path, path, *base, "--max-requests", "7")["counts"]["n_done"] == 7
+    assert replayed(tmp_path, path, *base, "--max-batch", "3")["n_peak_running"] == 3
+    slow = replayed(tmp_path, path, *SMALL, "--speed", "0.01", "--patience", "1")
+    assert slow["counts"]["n_rejected"] > 10
+    assert replayed(tmp_path, path, *SMALL, "--budget", "4MiB", "--page-bytes", "4k")["counts"]["n_rejected"] > 0
+    fit = replayed(tmp_path, path, *base, "--policy", "shortest")
+    assert fit["policy"] == "shortest"
+
+
+def test_a_budget_too_small_for_the_usual_layout_gets_the_finest(tmp_path: Path) -> None:
+    path = write(tmp_path, many())
+    assert replayed(tmp_path, path, *SMALL)["layout"] == "token_major"
+    assert replayed(tmp_path, path, *SMALL[:2], "--budget", "1GiB")["layout"] == "per_layer"
+
+
+def test_memory_may_be_real(tmp_path: Path) -> None:
+    options = ("--model", "smollm2-135m", "--budget", "32MiB", "--load", "full", "--no-warm", "--layout", "token_major")
+    path = write(tmp_path, many(20))
+    real = replayed(tmp_path, path, *options, "--memory", "real", "--page-bytes", "64k")
+    books = replayed(tmp_path, path, *options, "--memory", "accounted", "--page-bytes", "64k")
+    assert real["counts"] == books["counts"]
+    assert real["whole"]["live_of_active"] == pytest.approx(books["whole"]["live_of_active"])
+
+
+def test_an_80_layer_model_on_141_gb_runs_here(tmp_path: Path) -> None:
+    rows = PAIR + "100000,20\n" * 6
+    data = replayed(tmp_path, write(tmp_path, rows), "--model", "llama-3-70b", "--budget", "141GiB")
+    assert data["counts"]["n_done"] == 6
+    assert data["peak_live_bytes"] > 120 << 30
+
+
+def test_frag_compares_all_schemes_and_draws_them(tmp_path: Path) -> None:
+    paths = [write(tmp_path, many(), "one.csv"), write(tmp_path, many(30), "two.csv.x")]
+    png, svg, out = tmp_path / "a.png", tmp_path / "a.svg", tmp_path / "a.json"
+    result = run("frag", *paths, *SMALL, "--plot", png, "--svg", svg, "--json", out)
+    assert result.exit_code == 0, result.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in svg.read_text()[:1000]
+    assert "Waste a, in live / active" in result.stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["trace"], row["scheme"]) for row in rows] == [(t, s) for t in ("one", "two") for s in SCHEMES]
+    for row in rows:
+        assert row["model"] == "smollm2-135m"
+        assert row["counted_as_waste"]
+        assert row["counts"]["n_done"] + row["counts"]["n_rejected"] == row["n_requests"]
+        assert len(row["series"]["until_s"]) <= 128
+
+
+@pytest.mark.parametrize("columns", [80, 100, 160])
+def test_the_table_of_frag_fits_the_terminal(tmp_path: Path, columns: int) -> None:
+    result = run("frag", write(tmp_path, many()), "--model", "smollm2-135m", "--budget", "512MiB", columns=columns)
+    table = [line for line in result.stdout.splitlines() if "%" in line]
+    assert len(table) == len(SCHEMES)
+    assert all(len(line) <= columns and line.split()[-1] in "abcde" for line in table)
+
+
+def test_frag_takes_words_of_schemes(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    run("frag", write(tmp_path, many(5)), *SMALL, "--scheme", "maximum", "--scheme", "OF 16", "--json", out)
+    names = [row["scheme"] for row in json.loads(out.read_text())["rows"]]
+    assert names == ["maximum length", "PagedAttention, blocks of 16"]
+
+
+BAD: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
+    "missing": (lambda d: ["replay", d / "no.csv"], "No such file"),
+    "folder": (lambda d: ["replay", d], "this is a folder"),
+    "empty": (lambda d: ["replay", write(d, "")], "holds no request"),
+    "junk": (lambda d: ["replay", write(d, bytes(range(256)))], "holds zero bytes"),
+    "negative": (lambda d: ["replay", write(d, PAIR + "5,5\n-1,5\n")], "line 3: prompt tokens are -1"),
+    "columns": (lambda d: ["frag", write(d, "a,b\n1,2\n")], "no form known here"),
+    "second trace": (lambda d: ["frag", write(d, PAIR + "1,2\n"), write(d, "x", "b.csv")], "b.csv"),
+    "budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "lots"], "is not a size in bytes"),
+    "no budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "0"], "--budget is 0"),
+    "small budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "1k"], "--budget"),
+    "below a page": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "1m"], "less than one page"),
+    "frag, below a page": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--budget", "1m"], "raise --budget"),
+    "below a page in each plane": (
+        lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "64m", "--layout", "per_layer"],
+        "in each of 64 planes",
+    ),
+    "page": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--page-bytes", "5000"], "multiple of 4096"),
+    "real page": (
+        lambda d: ["replay", write(d, PAIR + "1,2\n"), "--memory", "real", "--page-bytes", "5000", "--budget", "16m"],
+        "multiple of 4096",
+    ),
+    "too much real memory": (
+        lambda d: ["replay", write(d, PAIR + "1,2\n"), "--memory", "real", "--budget", "900t"],
+        "study it with --memory accounted",
+    ),
+    "layout": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--layout", "diagonal"], "choose auto, per_head"),
+    "model": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--model", "gpt-9"], "choose llama-3-8b"),
+    "no arrivals": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--load", "recorded"], "--load full"),
+    "back in time": (
+        lambda d: ["frag", write(d, "arrival_s,prompt_tokens,output_tokens\n5,1,1\n4,1,1\n"), "--load", "recorded"],
+        "arrivals that go back in time",
+    ),
+    "speed": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--speed", "nan"], "must be a positive number"),
+    "json": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--json", d / "no" / "x.json"], "cannot be written"),
+    "json name": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--json", d / "x.txt"], "must end with .json"),
+    "plot": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--plot", d / "x.pdf"], "must end with .png"),
+    "svg": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--svg", d / "x.png"], "must end with .svg"),
+    "scheme": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--scheme", "magic"], "no scheme has 'magic'"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_error_is_one_line_that_names_the_remedy(tmp_path: Path, what: str) -> None:
+    arguments, message = BAD[what]
+    result = run(*arguments(tmp_path))
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("command", ["replay", "frag"])
+def test_an_interruption_ends_with_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    grow, n_calls = AllocatorMemory.grow, 0
+
+    def interrupted(memory: AllocatorMemory, lengths: Mapping[Key, int]) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 100:
+            raise KeyboardInterrupt
+        grow(memory, lengths)
+
+    monkeypatch.setattr(AllocatorMemory, "grow", interrupted)
+    out = tmp_path / "out.json"
+    result = run(command, write(tmp_path, many()), *SMALL, "--json", out)
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stdout
+    assert result.stderr.endswith("error: interrupted\n")
+    data = json.loads(out.read_text())
+    last = data["rows"][-1] if command == "frag" else data
+    assert not last["is_complete"]
+    assert last["counts"]["n_steps"] >= 90
+
+
+@pytest.mark.parametrize("options", [("--layout", "diagonal"), ("--budget", "1k"), ("--page-bytes", "5000")])
+def test_no_driver_stays_open_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    opened: list[HostDriver] = []
+
+    class Noted(HostDriver):
+        def __init__(self) -> None:
+            super().__init__()
+            opened.append(self)
+
+    monkeypatch.setattr(replay_command, "HostDriver", Noted)
+    result = run("replay", write(tmp_path, PAIR + "1,2\n"), "--memory", "real", *options)
+    assert result.exit_code == 1
+    assert len(opened) == 1
+    assert not opened[0]._close_fd.alive

@@ -1,0 +1,169 @@
+"""`vmem-kv frag`: the same traffic under several ways to hold it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import vmem_kv
+from vmem_kv.cli.trace_options import (
+    DEFAULT_BUDGET,
+    Load,
+    PolicyName,
+    check_writable,
+    describe_traffic,
+    make_traffic,
+    progress_bar,
+    read_budget,
+    show_number,
+    show_share,
+    write_json,
+)
+from vmem_kv.errors import ConfigError
+from vmem_kv.replay.study import SCHEMES, Row, Scheme, Setting, run_scheme
+from vmem_kv.traces.shapes import find_shape
+from vmem_kv.units import format_bytes
+
+
+def frag(
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACES...", help="Request traces, gzipped or not.")],
+    model: Annotated[
+        str, typer.Option(help="Whose K and V: a name such as llama-3-70b, or LAYERSxHEADSxDIM:FORMAT.")
+    ] = "llama-3-8b",
+    budget: Annotated[str, typer.Option(help="Physical memory for every scheme, such as 40GiB.")] = DEFAULT_BUDGET,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="Only schemes with these words in their names; may be repeated.", show_default="all"),
+    ] = None,
+    policy: Annotated[PolicyName, typer.Option(help="Who is admitted next.")] = PolicyName.FCFS,
+    load: Annotated[
+        Load, typer.Option(help="Always some waiting (full), or requests at their recorded arrivals.")
+    ] = Load.FULL,
+    patience: Annotated[
+        float | None, typer.Option(min=0.0, help="Reject who waits for more seconds.", show_default="never")
+    ] = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="Stop reading after so many.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=65536, help="The most sequences at once.")] = 2048,
+    speed: Annotated[float, typer.Option(help="2 for a device twice as fast.")] = 1.0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw it as SVG.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Show how much of its memory each scheme puts to use, and how many sequences fit.
+
+    The same requests run under reservation of the maximum length, growth by powers of two, PagedAttention with blocks
+    of 16 and 256, and vmem_kv in several layouts: these are the real allocator, the others are rules that favour their
+    models. No memory is taken, only counted. Ctrl-C ends it with what was found so far.
+
+    Try one of these:
+
+    - `vmem-kv frag azure.csv mooncake.jsonl --plot frag.png`
+
+    - `vmem-kv frag azure.csv --scheme token --scheme 16 --budget 8GiB --load recorded --patience 30`
+
+    - `vmem-kv frag sharegpt.json --model llama-3-70b --budget 141GiB --json frag.json`
+    """
+    out, err = Console(), Console(file=sys.stderr)
+    for option, path, suffix in (("--plot", plot, ".png"), ("--svg", svg, ".svg"), ("--json", json_file, ".json")):
+        if path:
+            check_writable(option, path, (suffix,))
+    shape, budget_bytes = find_shape(model), read_budget(budget)
+    chosen = choose_schemes(scheme or [])
+    # All traces are checked before the first one runs: a mistake in the last shows at once.
+    traffics = [
+        make_traffic(path, load, policy, max_requests=max_requests, patience_s=patience, speed=speed) for path in traces
+    ]
+    rows: list[Row] = []
+    interruption: BaseException | None = None
+    with progress_bar(err) as start:
+        for traffic in traffics:
+            setting = Setting.for_trace(shape, budget_bytes, traffic.summary.longest_tokens, max_batch)
+            for each in chosen:
+                watch = start(f"{traffic.summary.path.name}: {each.name}", traffic.summary.n_requests)
+                row, interruption = run_scheme(each, setting, traffic, watch)
+                rows.append(row)
+                if interruption:
+                    break
+            if interruption:
+                break
+    for traffic in traffics:
+        ours = [row for row in rows if row.traffic is traffic]
+        if ours:
+            out.print(describe_traffic(traffic), highlight=False, markup=False, soft_wrap=True)
+            print_rows(out, ours)
+    if json_file:
+        record = {"vmem_kv": vmem_kv.__version__, "rows": [row.to_json() for row in rows]}
+        write_json(json_file, record)
+    pictures = [path for path in (plot, svg) if path]
+    if pictures and rows:
+        from vmem_kv.cli.frag_plot import draw_rows
+
+        for path in pictures:
+            draw_rows(path, rows)
+    for path in (json_file, *pictures):
+        if path:
+            err.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
+    if interruption:
+        out.print("Interrupted: the last row is of the part that was done.", highlight=False)
+        raise interruption
+
+
+def choose_schemes(words: Sequence[str]) -> list[Scheme]:
+    """Return the schemes that have one of the words in their names; all of them where there are no words.
+
+    Raises:
+        ConfigError: A word is in none of the names.
+    """
+    for word in words:
+        if not any(word.lower() in name.lower() for name in SCHEMES):
+            raise ConfigError(f"no scheme has {word!r} in its name; there are: {'; '.join(SCHEMES)}")
+    return [s for name, s in SCHEMES.items() if not words or any(word.lower() in name.lower() for word in words)]
+
+
+def print_rows(out: Console, rows: Sequence[Row]) -> None:
+    """Print the table of one trace, and under it what each row counts as waste."""
+    setting = rows[0].setting
+    title = (
+        f"{setting.shape.name}, {setting.shape.token_bytes:,} bytes a token, "
+        f"budget {format_bytes(setting.budget_bytes)}, longest sequence {setting.max_tokens:,} tokens"
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("scheme", min_width=14)
+    headings = ("live/\nactive", "live/\nowned", "batch,\nmean", "batch,\nmost", "rejec-\nted", "preem-\npted")
+    for heading in (*headings, "calls/\n1,000"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("waste", no_wrap=True)
+    kinds = list(dict.fromkeys(row.waste for row in rows))
+    for row in rows:
+        report, averages = row.report, row.report.averages
+        table.add_row(
+            row.scheme if report.is_complete else f"{row.scheme} (interrupted)",
+            show_share(averages.live_of_active),
+            show_share(averages.live_of_owned),
+            show_number(averages.n_running),
+            f"{report.n_peak_running:,}",
+            f"{report.counts.n_rejected:,}",
+            f"{report.counts.n_preemptions:,}",
+            show_number(report.driver_calls_per_1000_tokens),
+            "abcdefgh"[kinds.index(row.waste)],
+        )
+    out.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    out.print(table)
+    is_loaded = any(row.report.averages is row.report.loaded for row in rows)
+    lines = [f"Waste {'abcdefgh'[i]}, in live / active: {kind}." for i, kind in enumerate(kinds)]
+    lines.append(
+        "live: tokens in running sequences; active: memory set aside for them; owned: all memory that is held, by the "
+        "rivals from the start, so that live / owned counts idle memory as waste, too. Averages over simulated time"
+        f"{', of the time in which requests waited' if is_loaded else ''}. Driver calls per 1,000 output tokens."
+    )
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    out.print()

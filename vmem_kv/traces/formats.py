@@ -1,0 +1,283 @@
+"""Request traces: five public forms, recognised by their first line, read one request at a time.
+
+    normalised     CSV with prompt_tokens and output_tokens, and arrival_s in seconds if it has arrivals;
+                   `# key: value` lines may stand in front, other columns are passed over
+    Azure          CSV with TIMESTAMP, ContextTokens, GeneratedTokens
+    BurstGPT       CSV with Timestamp, Request tokens, Response tokens
+    Mooncake       JSON lines with timestamp (ms), input_length, output_length
+    ShareGPT       one JSON array of conversations: text, without arrivals and without lengths
+
+Any of them may be gzipped. ShareGPT's texts are counted as one token for every `CHARACTERS_PER_TOKEN` characters:
+lengths are estimates then, and `TraceSummary.note` says so. Each answer is a request, and its prompt is all that was
+said before it.
+
+Guarantees: no file is held in memory as a whole; what is no row of its form raises ConfigError with file, line and
+reason, and nothing is passed over silently. Only what a row says is used: prefixes that requests share are not.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from vmem_kv.traces.conversations import read_conversations
+from vmem_kv.traces.lines import Place, open_trace, read_lines
+
+CHARACTERS_PER_TOKEN = 4
+"""English text in the vocabularies of today has about so many."""
+
+MAX_TOKENS = 100_000_000
+"""A longer request is taken for a mistake."""
+
+_MAX_ARRIVAL_S = 1e10
+
+
+class Request(NamedTuple):
+    """One row of a trace."""
+
+    arrival_s: float | None  # seconds from the trace's beginning, or from any other moment; None if it has no times
+    prompt_tokens: int  # at least 1
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSummary:
+    """What is in a trace. Whoever holds one knows that every row was read and is sound."""
+
+    path: Path
+    form: str
+    n_requests: int
+    prompt_tokens: int  # sums
+    output_tokens: int
+    longest_tokens: int  # the greatest prompt + output
+    has_arrivals: bool  # in every row
+    is_ascending: bool  # whether no request arrives before the one in front of it
+    note: str  # what a reader of results must know; may be empty
+
+    @property
+    def mean_tokens(self) -> int:
+        """Mean length of a request when it ends, at least 1."""
+        return max(1, (self.prompt_tokens + self.output_tokens) // self.n_requests)
+
+
+def scan_trace(path: Path, max_requests: int | None = None) -> TraceSummary:
+    """Read a trace from end to end and summarise it.
+
+    Raises:
+        ConfigError: It cannot be read, a row is malformed, or it holds no request.
+    """
+    place = Place(path)
+    n_requests = prompt_tokens = output_tokens = longest = 0
+    has_arrivals = is_ascending = True
+    last_s = -math.inf
+    with open_trace(place) as file:
+        form, rows = _recognise(file, place)
+        for request in _first(rows, max_requests):
+            n_requests += 1
+            prompt_tokens += request.prompt_tokens
+            output_tokens += request.output_tokens
+            longest = max(longest, request.prompt_tokens + request.output_tokens)
+            if request.arrival_s is None:
+                has_arrivals = False
+            else:
+                is_ascending = is_ascending and request.arrival_s >= last_s
+                last_s = request.arrival_s
+    if not n_requests:
+        place.line = 0
+        raise place.error("holds no request")
+    note = f"lengths estimated, {CHARACTERS_PER_TOKEN} characters a token" if form == "ShareGPT" else ""
+    return TraceSummary(path, form, n_requests, prompt_tokens, output_tokens, longest, has_arrivals, is_ascending, note)
+
+
+def read_trace(path: Path, max_requests: int | None = None) -> Iterator[Request]:
+    """Yield the requests of a trace in the file's order, at most so many.
+
+    Raises:
+        ConfigError: While iterating, as `scan_trace` does.
+    """
+    place = Place(path)
+    with open_trace(place) as file:
+        yield from _first(_recognise(file, place)[1], max_requests)
+
+
+def _first(rows: Iterator[Request], n_rows: int | None) -> Iterator[Request]:
+    for index, request in enumerate(rows):
+        if index == n_rows:
+            return
+        yield request
+
+
+def _recognise(file: BinaryIO, place: Place) -> tuple[str, Iterator[Request]]:
+    """Look at the first line that is no comment; return the form's name and its requests."""
+    start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
+    file.seek(0)
+    if start.startswith(b"["):
+        return "ShareGPT", _sharegpt(file, place)
+    lines = read_lines(file, place)
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            break
+    else:
+        place.line = 0
+        raise place.error("holds no request")
+    if line.lstrip().startswith("{"):
+        return "Mooncake", _mooncake(line, lines, place)
+    header = [name.strip() for name in _cells(line, place)]
+    for name, columns, parse in _CSV_FORMS:
+        if set(columns) <= set(header):
+            indices = [header.index(column) for column in columns]
+            return name, _csv_rows(indices, _arrival_index(name, header), lines, place, parse)
+    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns, _ in _CSV_FORMS)
+    shown = ", ".join(header)
+    raise place.error(
+        f"has the columns {shown[:120]!r}, which is no form known here. A CSV trace begins with a header that has "
+        f"these columns ({known})"
+    )
+
+
+def _arrival_index(form: str, header: Sequence[str]) -> int | None:
+    """The normalised form may lack its column of arrivals; in the others it is required."""
+    name = {"normalised": "arrival_s", "Azure": "TIMESTAMP", "BurstGPT": "Timestamp"}[form]
+    return header.index(name) if name in header else None
+
+
+def _csv_rows(
+    token_indices: Sequence[int],
+    arrival_index: int | None,
+    lines: Iterator[str],
+    place: Place,
+    parse_arrival: Callable[[str, Place], float | None],
+) -> Iterator[Request]:
+    prompt_index, output_index = token_indices[:2]
+    n_needed = max(prompt_index, output_index, arrival_index or 0) + 1
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        cells = _cells(line, place)
+        if len(cells) < n_needed:
+            raise place.error(f"has {len(cells)} columns, {n_needed} are needed: {line[:60]!r}")
+        arrival_s = None if arrival_index is None else parse_arrival(cells[arrival_index].strip(), place)
+        yield Request(
+            arrival_s,
+            _count(cells[prompt_index].strip(), "prompt tokens", 1, place),
+            _count(cells[output_index].strip(), "output tokens", 0, place),
+        )
+
+
+def _cells(line: str, place: Place) -> list[str]:
+    if '"' not in line:
+        return line.split(",")
+    try:
+        return next(csv.reader([line], strict=True))
+    except (csv.Error, StopIteration) as error:
+        raise place.error(f"is no row of a CSV file: {error}") from error
+
+
+def _count(value: Any, what: str, least: int, place: Place) -> int:
+    """Read a number of tokens, from the text of a CSV or from what JSON made of it."""
+    if isinstance(value, str):
+        digits = value[1:] if value[:1] in "+-" else value
+        if not (digits.isascii() and digits.isdigit()):
+            raise place.error(f"{what} are {value[:40]!r}, which is no whole number")
+        if len(digits) > 20:
+            raise place.error(f"{what} have {len(digits)} digits; they must lie between {least} and {MAX_TOKENS:,}")
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise place.error(f"{what} are {str(value)[:40]!r}, which is no whole number")
+    if not least <= value <= MAX_TOKENS:
+        shown = str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
+        raise place.error(f"{what} are {shown}; they must lie between {least} and {MAX_TOKENS:,}")
+    return value
+
+
+def _seconds(text: str, place: Place) -> float | None:
+    """An arrival in seconds; an empty one means that the trace has none."""
+    if not text:
+        return None
+    try:
+        arrival_s = float(text)
+    except ValueError:
+        raise place.error(f"the arrival is {text[:40]!r}, which is no number of seconds") from None
+    return _checked_arrival(arrival_s, text, place)
+
+
+def _checked_arrival(arrival_s: float, text: str, place: Place) -> float:
+    if not 0 <= arrival_s <= _MAX_ARRIVAL_S:  # false for NaN, too
+        raise place.error(f"the arrival is {text[:40]}; it must lie between 0 and {_MAX_ARRIVAL_S:g} seconds")
+    return arrival_s
+
+
+def _required_seconds(text: str, place: Place) -> float | None:
+    if not text:
+        raise place.error("has no arrival")
+    return _seconds(text, place)
+
+
+def _wall_clock(text: str, place: Place) -> float | None:
+    """A moment such as ``2023-11-16 18:15:46.6805900``; without a zone it counts as UTC."""
+    head, dot, rest = text.partition(".")
+    n_digits = len(rest) - len(rest.lstrip("0123456789"))
+    fraction, zone = rest[:n_digits], rest[n_digits:]
+    try:
+        if dot and not fraction:
+            raise ValueError
+        moment = datetime.fromisoformat(head + zone)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        arrival_s = moment.timestamp() + int(fraction[:12] or 0) / 10 ** len(fraction[:12])
+    except (ValueError, OverflowError, OSError):
+        raise place.error(f"the time is {text[:40]!r}; it must look like 2023-11-16 18:15:46.6805900") from None
+    return _checked_arrival(arrival_s, text, place)
+
+
+_CSV_FORMS: tuple[tuple[str, tuple[str, ...], Callable[[str, Place], float | None]], ...] = (
+    ("normalised", ("prompt_tokens", "output_tokens"), _seconds),
+    ("Azure", ("ContextTokens", "GeneratedTokens", "TIMESTAMP"), _wall_clock),
+    ("BurstGPT", ("Request tokens", "Response tokens", "Timestamp"), _required_seconds),
+)
+"""Name, columns (prompt, output, and what else is required), how arrivals are written."""
+
+
+def _mooncake(first: str, lines: Iterator[str], place: Place) -> Iterator[Request]:
+    line: str | None = first
+    while line is not None:
+        if line.strip():
+            yield _mooncake_row(line, place)
+        line = next(lines, None)
+
+
+def _mooncake_row(line: str, place: Place) -> Request:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise place.error(f"is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise place.error(f"is no JSON object: {line[:40]!r}")
+    missing = [name for name in ("timestamp", "input_length", "output_length") if name not in row]
+    if missing:
+        raise place.error(f"lacks {', '.join(missing)}; a row has timestamp (ms), input_length and output_length")
+    stamp = row["timestamp"]
+    if isinstance(stamp, bool) or not isinstance(stamp, int | float) or abs(stamp) > _MAX_ARRIVAL_S * 1000:
+        raise place.error(f"timestamp is {str(stamp)[:40]!r}; it must be a number of milliseconds")
+    return Request(
+        _checked_arrival(stamp / 1000, f"{stamp} ms", place),
+        _count(row["input_length"], "input_length", 1, place),
+        _count(row["output_length"], "output_length", 0, place),
+    )
+
+
+def _sharegpt(file: BinaryIO, place: Place) -> Iterator[Request]:
+    for turns in read_conversations(file, place):
+        n_before = 0
+        for speaker, text in turns:
+            n_tokens = math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+            if speaker in ("gpt", "assistant", "chatgpt", "bing", "bard") and n_before:
+                yield Request(
+                    None, _count(n_before, "prompt tokens", 1, place), _count(n_tokens, "output tokens", 0, place)
+                )
+            n_before += n_tokens
