@@ -151,6 +151,12 @@ def _late_write(bench: Bench, report: Reporter) -> None:
     interference._disturb("late write", make, SCALE, bench, report)
 
 
+def _lose_the_device(bench: Bench, report: Reporter) -> None:
+    """A fault that the case itself does not notice: only what runs after it would."""
+    _ = bench.cuda
+    bench._emulator.make_sticky(700)  # type: ignore[attr-defined]
+
+
 def _sees_views(bench: Bench, report: Reporter) -> None:
     """Whether closing sequences under a live tensor is refused."""
     try:
@@ -173,5 +179,7 @@ def cases(plan: Plan) -> Sequence[Case]:
         Case("greedy numerics", _greedy_numerics, table="greedy"),
         Case("aliases", _aliases, is_dangerous=True),
         Case("greedy overread", _greedy_overread, is_dangerous=True, table="overread"),
+        Case("lost", _lose_the_device),
+        Case("misuse", _misuse),
         Case("views", _sees_views, is_dangerous=True),
     ]

@@ -221,8 +221,9 @@ def test_every_check_sees_its_planted_fault(tmp_path: Path) -> None:
     aliased = outcomes(memory, "aliased prefix")
     assert aliased == ["WRONG"] * len(aliased)
     assert len(aliased) >= 2
-    assert outcomes(facts.MISUSE, "free twice") == ["differs"]
-    assert len(part.tables[facts.DIFFERENCES].rows) == 1
+    assert outcomes(facts.MISUSE, "free twice") == ["differs"] * 2  # once before the device is lost, and once after it
+    assert len(part.tables[facts.DIFFERENCES].rows) == 2
+    assert outcomes("workers", "lost") == ["the device was lost"]
     assert outcomes(interference.KERNEL_TIMES, "late write") == ["RESULTS CHANGED"] * 2
     biased = part.tables[correctness.NUMERICS].rows
     assert [row["outcome"] for row in biased] == ["WRONG"] * 4
@@ -238,6 +239,7 @@ def test_every_check_sees_its_planted_fault(tmp_path: Path) -> None:
         "greedy",
         "overread",
         "views",
+        "workers",
     }, "and nothing else ended badly"
 
 

@@ -15,7 +15,7 @@ from tests.core.subprocesses import output_of, run_python
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.ledger import Ledger
-from vmem_kv.errors import ConfigError
+from vmem_kv.errors import ConfigError, UsageError
 from vmem_kv.layout import LAYOUT_KINDS, LayerSpec, Layout
 from vmem_kv.pages import PagePool
 from vmem_kv.storage import open_storage, storage_by_dlpack
@@ -85,9 +85,34 @@ def test_a_layer_whose_slots_differ_in_length_has_no_rows_for_both(driver: Drive
     opened.close()
 
 
+def test_a_cache_does_not_close_under_its_tensors(driver: Driver) -> None:
+    opened = Opened(driver, "per_layer", LayerSpec.uniform(N_HEADS, HEAD_DIM, 4))
+    kv = opened.tensors.layer(0, torch.float32)
+    with pytest.raises(UsageError, match="tensors that look into the cache are still alive"):
+        opened.cache.close()
+    opened.tensors.layer(0, torch.float32)  # nothing changed
+    keys = kv.keys[:1]
+    del kv
+    del opened.tensors
+    with pytest.raises(UsageError, match="still alive"):
+        opened.cache.close()
+    del keys
+    opened.cache.close()
+
+
+def test_tensors_of_a_closed_cache_say_so(driver: Driver) -> None:
+    opened = Opened(driver, "per_layer", LayerSpec.uniform(N_HEADS, HEAD_DIM, 4))
+    opened.cache.close()  # the object that makes views is no view
+    with pytest.raises(UsageError, match="the cache is closed"):
+        opened.tensors.layer(0, torch.float32)
+
+
 def test_what_kernels_get_can_be_printed(driver: Driver) -> None:
     opened = Opened(driver, "per_layer", LayerSpec.uniform(N_HEADS, HEAD_DIM, 4))
-    assert "span_tokens=" in repr(opened.tensors.layer(0, torch.float32))
+    kv = opened.tensors.layer(0, torch.float32)
+    assert "span_tokens=" in repr(kv)
+    assert kv != opened.tensors.layer(0, torch.float32)  # without looking at what is not mapped
+    del kv
     opened.close()
 
 
@@ -101,7 +126,7 @@ def test_the_last_tensor_that_dies_is_noticed(driver: Driver) -> None:
     del view
     assert not opened.tensors.let_go()
     assert not opened.deaths
-    opened.tensors.__dict__.clear()  # as when the rows are dropped without closing
+    del opened.tensors  # as when the rows are dropped without closing
     gc.collect()
     assert not opened.deaths
     assert slice_of_it.sum() == 0

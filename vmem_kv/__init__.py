@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vmem_kv.cache import KVCache as KVCache
+    from vmem_kv.devices import open_driver as open_driver
     from vmem_kv.driver.host import HostDriver as HostDriver
     from vmem_kv.integrations.hf import VmemCache as VmemCache
     from vmem_kv.layout import LayerSpec as LayerSpec
@@ -25,6 +26,7 @@ _HOMES = {
     "Layout": "vmem_kv.layout",
     "PagePool": "vmem_kv.pages",
     "VmemCache": "vmem_kv.integrations.hf",
+    "open_driver": "vmem_kv.devices",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -15,7 +15,7 @@ Assumptions: one thread steps a given sequence; any number of threads may work o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from vmem_kv.driver.base import PASSED, Fence
@@ -60,7 +60,12 @@ class KVCache:
         self._streams: set[int] = set()
         """Streams that were current when somebody grew a sequence: those that its kernels run on."""
         self._closed = False
+        self._viewers: list[Callable[[], bool]] = []
         pool.join(self, self.region)
+
+    def add_viewer(self, is_looking: Callable[[], bool]) -> None:
+        """Let `close` ask first whether somebody still looks into the region: then it is refused."""
+        self._viewers.append(is_looking)
 
     def acquire(self, *, expected_tokens: int | None = None, domain: str = "") -> SlotId:
         """Return a slot for a new sequence: the best fitting warm one, else a cold one. Maps nothing.
@@ -171,7 +176,7 @@ class KVCache:
         with self.pool.lock:
             comes_free = self._sliding(wanted, first_token)
         if comes_free and fence is None:
-            fence = self._fence_here()
+            fence = self.fence()
         with self.pool.lock:
             giving = self._sliding(wanted, first_token)  # again: a slot may have grown or retired meanwhile
             for slot_id in wanted:
@@ -196,10 +201,24 @@ class KVCache:
                 quarantined.
         """
         self.pool.require_owner()
-        fence = fence or self._fence_here()
+        fence = fence or self.fence()
         with self.pool.lock:
             self._slots.retire([slot_ids] if isinstance(slot_ids, int) else slot_ids, fence)
         self._poll()
+
+    def fence(self) -> Fence:
+        """Return a fence behind all launched so far, on this thread's stream and on those of `ensure`'s callers.
+
+        Raises:
+            DriverError: None could be recorded. Nothing changed.
+            UsageError: A graph is being captured on one of those streams. Nothing changed.
+        """
+        try:
+            return self.pool.driver.fence(self._streams)
+        except DriverError as error:
+            if error.is_fatal:
+                return PASSED  # a lost device runs nothing
+            raise
 
     def settle(self) -> bool:
         """Block until everything that waits for a fence has moved on; return whether anything did.
@@ -261,6 +280,11 @@ class KVCache:
         with self.pool.lock:
             self._slots.require_active([slot_id])
             return self._slots.n_tokens[slot_id]
+
+    def first_token(self, slot_id: SlotId) -> int:
+        """The first token that `slide` has left of a sequence."""
+        with self.pool.lock:
+            return self._slots.first_token.get(slot_id, 0)
 
     def token_capacity(self, slot_id: SlotId) -> int:
         """Tokens that a sequence can hold without another driver call.
@@ -335,7 +359,8 @@ class KVCache:
         """Unmap everything and free the region. Idempotent. All sequences must be retired and behind their fences.
 
         Raises:
-            UsageError: Sequences are still active or fences have not passed. Nothing changed.
+            UsageError: Sequences are still active, fences have not passed, or tensors over the region are alive.
+                Nothing changed.
             DriverError: Some pages could not be unmapped; the rest was. Calling again tries again. A fatal error is
                 not raised: what the device took is forgotten.
         """
@@ -343,6 +368,8 @@ class KVCache:
             return
         self.pool.require_owner()
         self._poll()
+        if any([is_looking() for is_looking in self._viewers]):  # noqa: C419 - all of them are to let go
+            raise UsageError("tensors that look into the cache are still alive; clone what you need and drop them")
         with self.pool.lock:
             if self._closed:
                 return
@@ -512,14 +539,6 @@ class KVCache:
         with self.pool.lock:
             self._slots.busy.difference_update(slot_ids)
             self.pool.lock.notify_all()
-
-    def _fence_here(self) -> Fence:
-        try:
-            return self.pool.driver.fence(self._streams)
-        except DriverError as error:
-            if error.is_fatal:
-                return PASSED  # a lost device runs nothing
-            raise
 
     def _require_open(self) -> None:
         self.pool.require_owner()

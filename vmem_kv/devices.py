@@ -19,12 +19,13 @@ OpenDriver = Callable[[torch.device, CacheConfig], Driver]
 """Opens a driver for the device that a model lies on. Exchange it to wrap or replace drivers."""
 
 
-def open_driver(device: torch.device, config: CacheConfig) -> Driver:
-    """Open the driver for a device.
+def open_driver(device: torch.device, config: CacheConfig | None = None) -> Driver:
+    """Open the driver for a device; of the configuration it takes what concerns the driver.
 
     Raises:
         ConfigError: The device, or what is needed to use it, is missing here; the message says what.
     """
+    config = config or CacheConfig()
     if device.type == "cpu":
         return HostDriver(config.host_path, huge_pages=config.huge_pages)
     if device.type == "cuda":
@@ -42,6 +43,10 @@ class TorchRuntime:
         """The stream on which the calling thread's torch operations run."""
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
+    def spare_bytes(self) -> int:
+        """What torch has of the driver and uses for no tensor."""
+        return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
     def free_cached_memory(self) -> None:
         """Give torch's unused blocks back to the driver."""
         torch.cuda.empty_cache()
@@ -55,14 +60,14 @@ def _open_cuda(device: torch.device) -> Driver:
             f"this torch ({torch.__version__}) was built without CUDA, so it cannot use {device}; install a build of "
             "torch with CUDA, or use device 'cpu'"
         )
-    # torch first: its initialisation makes the primary context that both of us use. Its own errors are clear.
+    # torch first: its own errors are clear, and both of us use the same primary context.
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         index = torch.cuda.current_device() if device.index is None else device.index
         properties = torch.cuda.get_device_properties(index)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"torch cannot use {device}: {error}; check nvidia-smi and CUDA_VISIBLE_DEVICES") from error
-    driver = CudaDriver(index, runtime=TorchRuntime(torch.device("cuda", index)))
+    driver = CudaDriver(index, TorchRuntime(torch.device("cuda", index)))
     uuid = str(properties.uuid).replace("-", "")
     if driver.uuid != uuid:
         driver.close()

@@ -145,7 +145,7 @@ class PagePool:
             if not self.driver.ledger.charge_bytes(n_new * self.page_bytes, self._limit_bytes):
                 raise OutOfPages(
                     f"{format_bytes(n_new * self.page_bytes)} more would pass {format_bytes(self._limit_bytes)}, "
-                    f"{BUDGET_SHARE:.0%} of this machine's memory, of which all pools own "
+                    f"{BUDGET_SHARE:.0%} of the memory on {self.driver.info.device}, of which all pools own "
                     f"{format_bytes(self.driver.ledger.n_bytes)}; retire sequences or close other caches"
                 )
             n_used = n_pages - n_new
@@ -333,7 +333,9 @@ class PagePool:
             try:
                 self.driver.release(self.page_bytes, batch)
             except VmemError as error:
-                if not (was_interrupted and isinstance(error, UsageError)):
+                # A lost device took its memory back; and after an interruption, a page that is gone was released.
+                is_gone = getattr(error, "is_fatal", False) or (was_interrupted and isinstance(error, UsageError))
+                if not is_gone:
                     failure, n_done, n_lost = failure or error, error.n_done, 1
             except BaseException as error:
                 n_done, n_lost = 0, len(rest) if was_interrupted else 0
@@ -362,7 +364,7 @@ class PagePool:
         if max_pages > n_affordable:
             raise ConfigError(
                 f"a pool of {format_bytes(max_pages * self.page_bytes)} does not fit: {format_bytes(memory_bytes)} are "
-                f"available here (machine and cgroup), of which {BUDGET_SHARE:.0%} may be promised; "
+                f"available on {self.driver.info.device}, of which {BUDGET_SHARE:.0%} may be promised; "
                 f"lower max_bytes to {format_bytes(n_affordable * self.page_bytes)} or less"
             )
         return max_pages

@@ -45,6 +45,7 @@ class Region:
         self.mapped: dict[SlotId, list[PageRange]] = {}
         self._handles: dict[SlotId, list[list[Handle]]] = {}
         self._stuck: list[_Stuck] = []
+        self._may_be_freed = False
         for index in range(layout.n_slots):
             self.mapped[SlotId(index)] = [PageRange(0, 0)] * len(layout.planes)
             self._handles[SlotId(index)] = [[] for _ in layout.planes]
@@ -83,6 +84,7 @@ class Region:
         handles, n_used, n_mappings = self._take(plan)
         driver, places = self.pool.driver, plan.places
         n_mapped: int | None = None  # unknown while the driver is at it
+        may_be_scrubbing = False
         try:
             try:
                 driver.map(plan.page_bytes, places, handles)
@@ -92,11 +94,14 @@ class Region:
             n_mapped = len(handles)
             driver.set_access([(run.address, run.n_pages * plan.page_bytes) for run in plan.runs])
             if n_used:
-                driver.scrub([(place, plan.page_bytes) for place in places[:n_used]])
-        except BaseException:
+                may_be_scrubbing = True
+                driver.scrub(_adjacent(places[:n_used], plan.page_bytes))
+        except BaseException as failure:
             self.pool.refund_mappings(n_mappings)
             # The first error is the one to report; what failed while undoing it is in the quarantine count.
             with contextlib.suppress(VmemError):
+                if may_be_scrubbing and not isinstance(failure, VmemError):
+                    driver.fence().wait()  # queued before the interruption, and an unmap waits for nothing
                 if n_mapped is None:
                     pages = _ranges_of_plan(plan, handles, len(handles), page_by_page=True)
                     self._unmap_ranges(pages, [], is_certain=False)
@@ -199,7 +204,16 @@ class Region:
         if failure is not None:
             raise failure
         self.retry(lambda stuck: True)
-        self.pool.driver.free_reservation(self.reservation)
+        try:
+            self.pool.driver.free_reservation(self.reservation)
+        except UsageError:
+            if not self._may_be_freed:
+                raise
+        except VmemError:
+            raise
+        except BaseException:  # nobody says whether it was freed before the interruption; the next try will tell
+            self._may_be_freed = True
+            raise
 
     def check(self) -> None:
         """Verify that table and layout agree. The caller holds the pool's lock.
@@ -330,6 +344,17 @@ class Region:
         if info.neighbours_merge:
             n_runs -= sum(b - a == step for a, b in pairwise(handles))
         return n_runs * info.mappings_per_run
+
+
+def _adjacent(places: Sequence[int], page_bytes: int) -> list[Span]:
+    """Pages in order of their places, neighbours joined."""
+    spans: list[Span] = []
+    for place in places:
+        if spans and sum(spans[-1]) == place:
+            spans[-1] = (spans[-1][0], spans[-1][1] + page_bytes)
+        else:
+            spans.append((place, page_bytes))
+    return spans
 
 
 def _ranges_of_plan(

@@ -73,7 +73,12 @@ class RowStore:
             layout = Layout.build(kind, [spec], n_slots=n_rows, max_tokens=self.max_tokens, page_bytes=pool.page_bytes)
             cache = KVCache(pool, layout)
             self._caches.add(cache)
-            return LayerRows(self, cache, dtype, n_rows)
+            try:
+                return LayerRows(self, cache, dtype, n_rows)
+            except BaseException:
+                with suppress(VmemError):
+                    self.close_cache(cache)
+                raise
 
     def stats(self) -> CacheStats:
         """Return the sum over all rows; once everything is closed, the peak and the calls that there were.
@@ -281,12 +286,18 @@ class LayerRows:
         self.first_token = self.n_tokens = 0
 
     def stop(self) -> None:
-        """End the sequences. Their memory stays mapped for the next `start`."""
-        if self._slots:
-            self.cache.retire(self._slots)
-        self._slots = ()
+        """End the sequences. Their memory stays mapped for the next `start`.
+
+        Raises:
+            DriverError: No fence could be recorded: nothing changed. Or the sequences ended, and memory that a window
+                gave up could not be unmapped.
+        """
+        fence = self.cache.fence()  # may fail; from here on the sequences end, even if giving memory back fails
+        slots, self._slots = self._slots, ()
         self._keys = self._values = None
         self.first_token = self.n_tokens = 0
+        if slots:
+            self.cache.retire(slots, fence)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Write the next tokens of every row.
@@ -337,8 +348,10 @@ class LayerRows:
             DriverError: See `KVCache.slide`.
         """
         if first_token > self.first_token:
-            self.cache.slide(self._slots, first_token)
-            self.first_token = first_token
+            try:
+                self.cache.slide(self._slots, first_token)
+            finally:
+                self.first_token = self.cache.first_token(self._slots[0])
 
     def select(self, indices: torch.Tensor) -> None:
         """Make row i hold what row `indices[i]` holds now, for every i; rows that stay are not touched.
@@ -359,8 +372,9 @@ class LayerRows:
             for states in self.views():
                 states[targets] = states.index_select(0, sources)
         if n_rows < self.n_rows:
-            self.cache.retire(self._slots[n_rows:])
+            gone, fence = self._slots[n_rows:], self.cache.fence()
             self._take_slots(self._slots[:n_rows])
+            self.cache.retire(gone, fence)
 
     def copy(self, indices: torch.Tensor | None = None) -> LayerRows:
         """Return rows of their own; row i holds what row `indices[i]` of these holds, by default row i.

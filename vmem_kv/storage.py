@@ -28,10 +28,10 @@ def open_storage(address: int, n_bytes: int, device: torch.device) -> torch.Unty
 
 def storage_by_dlpack(address: int, n_bytes: int, device: torch.device) -> torch.UntypedStorage:
     """Do the same by importing a tensor of bytes."""
-    block = _libc.malloc(ctypes.sizeof(_Managed))
-    if not block:
+    memory = _libc.malloc(ctypes.sizeof(_Managed))
+    if not memory:
         raise MemoryError("no memory for a DLPack tensor")
-    managed = _Managed.from_address(block)
+    managed = _Managed.from_address(memory)
     managed.shape = n_bytes
     managed.tensor = _Tensor(
         data=address,
@@ -41,7 +41,7 @@ def storage_by_dlpack(address: int, n_bytes: int, device: torch.device) -> torch
         code=_UNSIGNED,
         bits=8,
         lanes=1,
-        shape=block + _Managed.shape.offset,
+        shape=memory + _Managed.shape.offset,
         strides=None,
         byte_offset=0,
     )
@@ -49,7 +49,7 @@ def storage_by_dlpack(address: int, n_bytes: int, device: torch.device) -> torch
     # The importer calls it with the structure itself, which is all that there is to free; a Python function could be
     # called when the interpreter is gone.
     managed.deleter = ctypes.cast(_libc.free, ctypes.c_void_p).value
-    storage: torch.UntypedStorage = from_dlpack(_new_capsule(block, b"dltensor", None)).untyped_storage()
+    storage: torch.UntypedStorage = from_dlpack(_new_capsule(memory, b"dltensor", None)).untyped_storage()
     return storage
 
 

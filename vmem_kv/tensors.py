@@ -15,11 +15,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from vmem_kv.cache import KVCache
-from vmem_kv.errors import ConfigError
+from vmem_kv.errors import ConfigError, UsageError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Strides
 from vmem_kv.storage import open_storage
@@ -29,16 +30,20 @@ class RegionTensors:
     """The region of a cache, seen by torch.
 
     Args:
-        cache: Whose region.
-        on_unused: Called once, when this object and every view made from it are gone.
+        cache: Whose region. It refuses to close while views are alive.
+        on_unused: Called once, when this object and every view made from it are gone without `let_go`.
     """
 
     def __init__(self, cache: KVCache, on_unused: Callable[[], None]) -> None:
         self.device = torch.device(cache.pool.driver.info.device)
         self._layout = cache.layout
         self._when_unused = on_unused
+        self._storage: torch.UntypedStorage | None
+        self._bytes: torch.Tensor | None
         reservation = cache.region.reservation
-        self._look(open_storage(reservation.base, reservation.n_bytes, self.device))
+        storage = open_storage(reservation.base, reservation.n_bytes, self.device)
+        self._look(storage)
+        cache.add_viewer(partial(_is_looking, weakref.ref(self), weakref.ref(storage)))
 
     def let_go(self) -> bool:
         """Drop this object's own hold on the region, if it is the last one.
@@ -47,9 +52,11 @@ class RegionTensors:
             True: nothing looks into the region any more, `on_unused` will not run, and this object is spent.
             False: views are still out, and nothing changed.
         """
+        if self._storage is None:
+            return True
         storage = weakref.ref(self._storage)
         self._unused.detach()
-        del self._bytes, self._storage
+        self._bytes = self._storage = None
         alive = storage()
         if alive is None:
             return True
@@ -60,7 +67,7 @@ class RegionTensors:
         """Return the K or V of one layer for neighbouring slots."""
         spec, item = strides.spec, strides.spec.element_bytes
         with torch.inference_mode(False):
-            full = self._bytes.view(dtype).as_strided(
+            full = self._all(dtype).as_strided(
                 (len(slot_ids), spec.n_heads, strides.slot_bytes // strides.token_bytes, spec.head_dim),
                 (strides.slot_bytes // item, strides.head_bytes // item, strides.token_bytes // item, 1),
                 (strides.offset_bytes + slot_ids[0] * strides.slot_bytes) // item,
@@ -86,11 +93,16 @@ class RegionTensors:
         spec, item = strides.spec, strides.spec.element_bytes
         n_rows = self._layout.n_slots * (strides.slot_bytes // strides.token_bytes)
         with torch.inference_mode(False):
-            return self._bytes.view(dtype).as_strided(
+            return self._all(dtype).as_strided(
                 (n_rows, spec.n_heads, spec.head_dim),
                 (strides.token_bytes // item, strides.head_bytes // item, 1),
                 strides.offset_bytes // item,
             )
+
+    def _all(self, dtype: torch.dtype) -> torch.Tensor:
+        if self._bytes is None:
+            raise UsageError("the cache is closed, and its tensors with it; make new ones of a new cache")
+        return self._bytes.view(dtype)
 
     def _look(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage
@@ -102,7 +114,15 @@ class RegionTensors:
         self._unused.atexit = False  # the process's end frees everything, and daemon threads may still read
 
 
-@dataclass(frozen=True, slots=True)
+def _is_looking(tensors: weakref.ref[RegionTensors], storage: weakref.ref[torch.UntypedStorage]) -> bool:
+    """Whether a view is alive; the object that makes them lets go if it is the last that holds the region."""
+    maker = tensors()
+    if maker is not None:
+        return not maker.let_go()
+    return storage() is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SlotKV:
     """One layer's K and V over all slots, as kernels that take starts and lengths want them: rows of tokens.
 

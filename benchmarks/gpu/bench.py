@@ -332,19 +332,19 @@ class EmulatedBench(Bench):
 
     @cached_property
     def driver(self) -> Driver:
-        from vmem_kv.driver.cuda import CudaDriver
+        from vmem_kv.driver.cuda import CudaDriver, NoRuntime
 
         _ = self.cuda
-        return CudaDriver(0, tensor_device="cpu")
+        return CudaDriver(0, NoRuntime(), tensor_device="cpu")
 
     @property
     def opener(self) -> OpenDriver:
         from vmem_kv.config import CacheConfig
-        from vmem_kv.driver.cuda import CudaDriver
+        from vmem_kv.driver.cuda import CudaDriver, NoRuntime
 
         def open_emulated(device: torch.device, config: CacheConfig) -> Driver:
             _ = self.cuda
-            return CudaDriver(0, tensor_device="cpu")
+            return CudaDriver(0, NoRuntime(), tensor_device="cpu")
 
         return open_emulated
 

@@ -225,8 +225,8 @@ ON_A_DEVICE = Plan(
 
 EMULATED = Plan(
     is_emulated=True,
-    budget_s=220,
-    quick_budget_s=220,
+    budget_s=280,
+    quick_budget_s=280,
     facts=FactsScale(
         page_multiples=(1, 2, 4, 8, 16),
         n_samples=20,

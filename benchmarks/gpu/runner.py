@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.gpu.cases import Part, Row
-from benchmarks.gpu.worker import DEVICE_LOST, Job, command
+from benchmarks.gpu.worker import REPORTED, Job, command
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTUP_S = 120.0
@@ -30,6 +30,7 @@ GRACE_S = 10.0
 MAX_CRASHES = 8
 """After so many processes that ended badly, a part is given up."""
 _POLL_S = 0.05
+_KILL_S = 20.0
 _N_ERROR_LINES = 8
 
 
@@ -215,11 +216,13 @@ def _started(job: Job, log: Any) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # A process that is stuck in the kernel driver is left to the system: nothing here can end it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_KILL_S)
 
 
 def _describe_exit(status: int) -> str | None:
-    if status in (0, DEVICE_LOST):
+    if status in (0, REPORTED):
         return None
     if status > 0:
         return f"exit status {status}"

@@ -25,8 +25,8 @@ from benchmarks.gpu.cases import Case, Reporter
 from benchmarks.gpu.plan import choose_plan
 
 _PR_SET_PDEATHSIG = 1
-DEVICE_LOST = 75
-"""Exit status of a worker that has reported everything and cannot go on."""
+REPORTED = 75
+"""Exit status of a worker that has reported everything, and in which nothing more should run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,13 @@ def _run_cases(bench: Bench, cases: Sequence[Case], first: int, ends: float, rep
             is_lost = not bench.is_healthy()
             words = f"{type(error).__name__}: {error}"[:500] + (" (the device was lost)" if is_lost else "")
             reporter.event("failed", index=index, error=words)
-            if is_lost:
-                os._exit(DEVICE_LOST)  # a lost device makes closing hang or raise; nothing here is worth that
-        else:
-            reporter.event("end", index=index, seconds=round(time.monotonic() - began, 3))
+            # The traceback's frames hold tensors and mappings, and on a lost device closing would hang or raise: the
+            # next case gets a fresh process.
+            os._exit(REPORTED)
+        reporter.event("end", index=index, seconds=round(time.monotonic() - began, 3))
+        if not bench.is_healthy():
+            reporter.row("workers", {"case": case.name, "outcome": "the device was lost"})
+            os._exit(REPORTED)
         bench.settle()
         if case.is_dangerous:
             return 0

@@ -7,7 +7,7 @@ import mmap
 import shutil
 
 from vmem_kv.driver.base import Driver
-from vmem_kv.driver.cuda import CudaDriver
+from vmem_kv.driver.cuda import CudaDriver, NoRuntime
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.driver.host_mapper import find_native_library
 from vmem_kv.driver.ledger import Ledger
@@ -21,7 +21,7 @@ def open_backend(name: str, ledger: Ledger | None = None) -> Driver:
     """Open a driver. With a ledger of its own it is alone in the process."""
     if name == "cuda":
         emulated_device()
-        return CudaDriver(ledger=ledger, tensor_device="cpu")
+        return CudaDriver(0, NoRuntime(), ledger=ledger, tensor_device="cpu")
     require_native(name)
     return HostDriver(name, ledger=ledger) if ledger else HostDriver(name)
 

@@ -9,7 +9,7 @@ import pytest
 
 from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
 from vmem_kv.driver.checked import CheckedDriver
-from vmem_kv.driver.cuda import CudaDriver
+from vmem_kv.driver.cuda import CudaDriver, NoRuntime
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.errors import OutOfAddressSpace, UsageError
 from vmem_kv.testing import ContractBreach, DriverMemory, FaultyDriver, HostMemory, ManualFence, Memory, check_driver
@@ -45,7 +45,7 @@ def test_the_cuda_driver_conforms_in_every_wrapper(
     emulator = emulated_device()
     emulator.set_granularity(granularity_bytes)
     try:
-        report = check_driver(lambda: WRAPPERS[wrapper](CudaDriver()), open_memory)
+        report = check_driver(lambda: WRAPPERS[wrapper](CudaDriver(0, NoRuntime())), open_memory)
     finally:
         emulator.set_granularity(PAGE)
     assert report.n_checks >= 100

@@ -29,7 +29,9 @@ CORE = [
     "vmem_kv.driver.host_mapper",
     "vmem_kv.driver.host",
     "vmem_kv.driver.checked",
+    "vmem_kv.driver.accounting",
     "vmem_kv.driver.cuda_errors",
+    "vmem_kv.driver.cuda_calls",
     "vmem_kv.layout",
     "vmem_kv.growth",
     "vmem_kv.pages",
@@ -160,10 +162,11 @@ def test_exported_names() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         vmem_kv.no_such_name  # noqa: B018
     assert sorted(vmem_kv.testing.__all__) == [
-        *("ContractBreach", "DriverMemory", "FaultyDriver", "HostMemory", "ManualFence", "Memory", "ModelMismatch"),
-        *("Plan", "Point"),
-        *("ReferenceModel", "Report", "check_driver", "driver_error", "fail_any", "fail_from", "fail_kind"),
-        *("fail_once", "interruption", "natural_error", "no_faults"),
+        *("Adaptor", "Call", "Clock", "ContractBreach", "DriverMemory", "FaultyDriver", "HostMemory"),
+        *("LimitingDriver", "LoggingDriver", "ManualClock", "ManualFence", "Memory", "ModelMismatch"),
+        *("Plan", "Point", "PoisonDriver", "ReferenceModel", "Report", "StatisticsDriver", "Taken", "TrackingDriver"),
+        *("check_driver", "driver_error", "fail_any", "fail_from", "fail_kind", "fail_once", "interruption"),
+        *("natural_error", "no_faults", "replay"),
     ]
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ import torch
 from tests.core.backends import emulated_device
 from vmem_kv import VmemCache
 from vmem_kv.config import CacheConfig
+from vmem_kv.devices import open_driver
 from vmem_kv.driver.base import Driver
-from vmem_kv.driver.cuda import CudaDriver
-from vmem_kv.errors import ConfigError, OutOfPages, UsageError
+from vmem_kv.driver.cuda import CudaDriver, NoRuntime, describe_cuda
+from vmem_kv.errors import ConfigError, DriverError, OutOfPages, UsageError
 from vmem_kv.layout import LayerSpec
 from vmem_kv.rows import LayerRows, RowStore
 from vmem_kv.testing.emulator import NOTHING, Emulator
@@ -36,7 +38,7 @@ SPEC = LayerSpec.uniform(2, 32, 4)  # 256 bytes per token in each of K and V: 16
 
 def open_cuda(device: torch.device, config: CacheConfig) -> Driver:
     """The CUDA driver, whose memory torch reaches as the CPU's."""
-    return CudaDriver(tensor_device=str(device))
+    return CudaDriver(0, NoRuntime(), tensor_device=str(device))
 
 
 @pytest.fixture
@@ -140,6 +142,49 @@ def test_a_shortage_waits_for_pages_that_are_on_their_way_back(emulator: Emulato
     rows.close()
 
 
+@pytest.mark.parametrize("is_selecting", [False, True])
+def test_rows_end_even_where_memory_cannot_be_given_back(emulator: Emulator, is_selecting: bool) -> None:
+    fixture = Fixture()
+    rows = fixture.open(2)
+    rows.append(tokens(64, 2), tokens(64, 2))
+    emulator.hold(0)
+    emulator.use(rows.views()[0].data_ptr(), 64)
+    rows.slide(40)  # waits for the device
+    emulator.let_go(0)
+    emulator.fail("cuMemUnmap", 1, nth=3, and_on=True)  # K and V of the first row go, those of the second do not
+    with pytest.raises(DriverError):
+        rows.select(torch.tensor([0])) if is_selecting else rows.stop()
+    emulator.succeed("cuMemUnmap")
+    assert rows.n_rows == (1 if is_selecting else 0)
+    if is_selecting:
+        rows.append(tokens(1), tokens(1))
+    rows.close()
+    assert fixture.store.stats().n_owned_pages == 0
+
+
+def test_a_layer_that_cannot_be_looked_at_leaves_nothing_behind(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("torch would not")
+
+    fixture = Fixture()
+    monkeypatch.setattr("vmem_kv.tensors.open_storage", refuse)
+    with pytest.raises(RuntimeError, match="torch would not"):
+        fixture.open()
+    assert emulator.live() == NOTHING
+    monkeypatch.undo()
+    fixture.open().close()
+
+
+def test_the_layout_follows_the_device_and_not_the_tensors_over_it(emulator: Emulator) -> None:
+    store = RowStore(CacheConfig(page_bytes=PAGE), 1, open_cuda)
+    rows = store.open_rows(SPEC, torch.float32, 1, CPU)
+    assert store.choice is not None
+    assert store.choice.kind == "per_layer"
+    rows.close()
+
+
 def test_closing_with_views_out_is_refused(emulator: Emulator) -> None:
     rows = Fixture().open()
     rows.append(tokens(5), tokens(5))
@@ -175,13 +220,40 @@ def test_a_layer_on_another_device_is_refused(emulator: Emulator) -> None:
     rows.close()
 
 
+class TorchsDevice(NamedTuple):
+    """What torch says of a device."""
+
+    uuid: uuid.UUID
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_the_device_must_be_the_one_that_torch_means(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, is_same: bool
+) -> None:
+    ours = uuid.UUID(describe_cuda().devices[0].uuid)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 20)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: TorchsDevice(ours if is_same else uuid.uuid4())
+    )
+    if is_same:
+        driver = open_driver(torch.device("cuda"), CacheConfig())
+        assert driver.info.device == "cuda:0"
+        assert driver.info.memory_bytes == (2 << 30) + (2 << 20)  # what nobody has, and what torch can spare
+        driver.close()
+        return
+    with pytest.raises(ConfigError, match=r"cuda:0 is device .* to torch and .* to the CUDA driver"):
+        open_driver(torch.device("cuda"), CacheConfig())
+
+
 def test_a_cuda_device_without_a_torch_for_it_is_refused() -> None:
     cache = VmemCache(build_model("llama", torch.float32, None).config)
     with pytest.raises(ConfigError, match="there is no driver for meta"):
         cache.update(torch.empty(1, 2, 1, 16, device="meta"), torch.empty(1, 2, 1, 16, device="meta"), 0)
     if torch.version.cuda is None:
-        from vmem_kv.devices import open_driver
-
         with pytest.raises(ConfigError, match="was built without CUDA"):
             open_driver(torch.device("cuda"), CacheConfig())
     cache.close()

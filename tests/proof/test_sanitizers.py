@@ -14,6 +14,8 @@ import pytest
 from ..core.subprocesses import ROOT
 from .conftest import Record
 
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
+
 FLAGS = {
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-fsanitize=thread"],
@@ -49,13 +51,13 @@ open_driver = lambda: HostDriver("native")
 """,
     "cuda": """
 from pathlib import Path
-from vmem_kv.driver.cuda import CudaDriver
+from vmem_kv.driver.cuda import CudaDriver, NoRuntime
 from vmem_kv.driver.ledger import Ledger
 from vmem_kv.testing.emulator import load_emulator
 emulator = load_emulator(Path({library!r}))
 emulator.reset()
 emulator.set_granularity(4096)
-open_driver = lambda: CudaDriver(ledger=Ledger(), tensor_device="cpu")
+open_driver = lambda: CudaDriver(0, NoRuntime(), ledger=Ledger(), tensor_device="cpu")
 """,
 }
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from vmem_kv.cli.finding import Finding
-from vmem_kv.config import CacheConfig
-from vmem_kv.errors import ConfigError, VmemError
+from vmem_kv.errors import VmemError
 from vmem_kv.units import format_bytes
 
 _TOPIC = "CUDA"
@@ -20,7 +19,7 @@ def _driver_findings() -> list[Finding]:
 
     try:
         machine = describe_cuda()
-    except ConfigError as error:
+    except VmemError as error:
         return [_missing("NVIDIA driver", error)]
     findings = [Finding(_TOPIC, "NVIDIA driver", f"CUDA {machine.driver_version}")]
     for device in machine.devices:
@@ -35,12 +34,14 @@ def _driver_findings() -> list[Finding]:
 
 def _opened(index: int) -> Finding:
     """Try what a cache would do first."""
-    import torch
-
-    from vmem_kv.devices import open_driver
-
     try:
-        driver = open_driver(torch.device("cuda", index), CacheConfig())
+        import torch
+
+        from vmem_kv.devices import open_driver
+
+        driver = open_driver(torch.device("cuda", index))
+    except ImportError:
+        return Finding(_TOPIC, f"cache on cuda:{index}", "torch is not installed", None, "pip install torch")
     except VmemError as error:
         return _missing(f"cache on cuda:{index}", error, is_fine=False)
     info = driver.info

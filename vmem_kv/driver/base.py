@@ -78,6 +78,7 @@ class DriverInfo:
     memory_bytes: int  # physical memory that could be handed out when the driver was opened
     max_reservation_bytes: int  # the largest single reservation worth trying
     path: str  # how the calls are made, for people: "native", "python", "cuda-python"
+    reads_best: str = "per_layer"  # the layout that this device's kernels read fastest
     mappings_advice: str = "raise the driver's max_mappings"  # for people
     zeroes_new_pages: bool = True  # where not, whoever maps a created page scrubs it before anybody reads it
 

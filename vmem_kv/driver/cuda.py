@@ -5,7 +5,9 @@ Guarantees
     `cuMemUnmap` for each contiguous run, since these two are the expensive calls.
   * The device's primary context, which torch uses as well, is current during every call, and afterwards the one that
     was current before.
-  * A double release never reaches the driver, which would not survive it.
+  * A double release never reaches the driver, which would not survive it; nor does an unmap of what is not mapped. An
+    interruption (Ctrl-C) cannot part our books from the device: answers are kept as they arrive (`cuda_calls.py`), and
+    where one was lost the device is asked.
   * After a sticky error (an illegal address, a failed launch) CUDA is not called any more: every call raises the same
     fatal error, and `close` forgets.
   * Nothing runs when the interpreter exits: tensors may be alive, and the process takes its memory with it.
@@ -30,7 +32,16 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from vmem_kv.driver.base import Copy, Driver, DriverInfo, Fence, Handle, Reservation, Span
-from vmem_kv.driver.cuda_errors import LOST_CODES, MISSING_CODES, NOT_READY, OUT_OF_MEMORY, SUCCESS
+from vmem_kv.driver.cuda_calls import Batch
+from vmem_kv.driver.cuda_errors import (
+    CONTEXT_IS_DESTROYED,
+    INVALID_HANDLE,
+    LOST_CODES,
+    MISSING_CODES,
+    NOT_READY,
+    OUT_OF_MEMORY,
+    SUCCESS,
+)
 from vmem_kv.driver.ledger import Ledger, ledger_of_device
 from vmem_kv.errors import ConfigError, DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, UsageError, VmemError
 from vmem_kv.units import format_bytes
@@ -39,27 +50,35 @@ MAX_MAPPINGS = 500_000
 """Live mappings per device. On an H100 others met a ceiling of 523,404, whatever the pages' size."""
 
 _MAX_RESERVATION_BYTES = 1 << 46
+_LEGACY_STREAM = 1  # CU_STREAM_LEGACY
 
 
 class Runtime(Protocol):
-    """Who launches work on the device in this process, and keeps memory of it: torch, as a rule."""
+    """Who launches work on the device in this process, and keeps memory of it: torch, as a rule (`devices.py`)."""
 
     def current_stream(self) -> int:
         """The stream (a cudaStream_t) on which the calling thread launches; 0 for the legacy default stream."""
 
+    def spare_bytes(self) -> int:
+        """Memory that `free_cached_memory` would give back, at most."""
+
     def free_cached_memory(self) -> None:
-        """Give memory that is kept for later back to the driver."""
+        """Give memory that is kept for later back to the driver. May raise RuntimeError where it cannot just now."""
 
 
 class NoRuntime:
-    """Nobody but us: work goes to the legacy default stream."""
+    """Nobody but us: work goes to the legacy default stream. Wrong where torch launches on streams of its own."""
 
     def current_stream(self) -> int:
         """Return the legacy default stream."""
         return 0
 
+    def spare_bytes(self) -> int:
+        """Return 0: nobody keeps any."""
+        return 0
+
     def free_cached_memory(self) -> None:
-        """Do nothing: nobody keeps any."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +106,18 @@ def describe_cuda() -> CudaMachine:
         ConfigError: CUDA cannot be used; the message says what is missing.
     """
     cuda = _load_cuda()
-    version = int(_answer(cuda.cuDriverGetVersion()))
+    version = int(_answer("cuDriverGetVersion", cuda.cuDriverGetVersion()))
     supported = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
     devices = []
-    for index in range(int(_answer(cuda.cuDeviceGetCount()))):
-        device = _answer(cuda.cuDeviceGet(index))
+    for index in range(int(_answer("cuDeviceGetCount", cuda.cuDeviceGetCount()))):
+        device = _answer("cuDeviceGet", cuda.cuDeviceGet(index))
         devices.append(
             CudaDevice(
                 index,
-                _answer(cuda.cuDeviceGetName(128, device)).split(b"\0")[0].decode(errors="replace"),
-                bytes(_answer(cuda.cuDeviceGetUuid(device)).bytes).hex(),
-                int(_answer(cuda.cuDeviceTotalMem(device))),
-                bool(_answer(cuda.cuDeviceGetAttribute(supported, device))),
+                _answer("cuDeviceGetName", cuda.cuDeviceGetName(128, device)).split(b"\0")[0].decode(errors="replace"),
+                bytes(_answer("cuDeviceGetUuid", cuda.cuDeviceGetUuid(device)).bytes).hex(),
+                int(_answer("cuDeviceTotalMem", cuda.cuDeviceTotalMem(device))),
+                bool(_answer("cuDeviceGetAttribute", cuda.cuDeviceGetAttribute(supported, device))),
             )
         )
     return CudaMachine(f"{version // 1000}.{version % 1000 // 10}", tuple(devices))
@@ -122,7 +141,7 @@ def _operation(method: Callable[Concatenate[CudaDriver, P], R]) -> Callable[Conc
 
 
 class CudaDriver(Driver):
-    """The driver contract over one CUDA device.
+    """The driver contract over one CUDA device. `vmem_kv.open_driver` opens it with torch as the runtime.
 
     Args:
         index: The device's number, as CUDA_VISIBLE_DEVICES leaves it.
@@ -137,77 +156,86 @@ class CudaDriver(Driver):
 
     def __init__(
         self,
-        index: int = 0,
+        index: int,
+        runtime: Runtime,
         *,
-        runtime: Runtime | None = None,
         max_mappings: int = MAX_MAPPINGS,
         tensor_device: str | None = None,
         ledger: Ledger | None = None,
     ) -> None:
         self._cuda = cuda = _load_cuda()
-        self._runtime = runtime or NoRuntime()
+        self._runtime = runtime
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        # A garbage collection in the middle of a call may close a cache on this driver, from the same thread.
+        self._lock = threading.RLock()
         self._closed = False
         self._lost: DriverError | None = None
         self._reservations: set[Reservation] = set()
         self._pages: dict[Handle, int] = {}  # live handles and their sizes
+        self._mapped: dict[int, int] = {}  # addresses of mappings and their sizes
         self._threads = threading.local()  # .stream: of a thread that called bind_thread
         self._idle_streams: list[Any] = []
         self._streams: list[Any] = []
         self._idle_events: list[Any] = []
         self._events: list[Any] = []
         self.calls = Counter()
-        self._device = _find_device(cuda, index)
-        self.uuid = bytes(_answer(cuda.cuDeviceGetUuid(self._device)).bytes).hex()
-        """Names the device itself, whatever its number."""
-        self.ledger = ledger or ledger_of_device(self.uuid)
-        self._properties = _page_properties(cuda, index)
-        self._access = _read_write(cuda, index)
-        self._context = _answer(cuda.cuDevicePrimaryCtxRetain(self._device))
         try:
-            self.info = DriverInfo(
-                name="cuda",
-                device=tensor_device or f"cuda:{index}",
-                granularity_bytes=self._granularity_bytes(),
-                max_mappings=max_mappings,
-                neighbours_merge=False,
-                mappings_per_run=1,
-                keeps_pay=True,
-                memory_bytes=self.available_bytes(),
-                max_reservation_bytes=_MAX_RESERVATION_BYTES,
-                path="cuda-python",
-                zeroes_new_pages=False,  # seen zero on some devices, promised nowhere
-            )
-        except BaseException:
-            cuda.cuDevicePrimaryCtxRelease(self._device)
-            raise
-
-    def _granularity_bytes(self) -> int:
-        smallest = self._cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        with self.in_context():
-            return int(_answer(self._cuda.cuMemGetAllocationGranularity(self._properties, smallest)))
+            self._device = _find_device(cuda, index)
+            self.uuid = bytes(_answer("cuDeviceGetUuid", cuda.cuDeviceGetUuid(self._device)).bytes).hex()
+            """Names the device itself, whatever its number."""
+            self.ledger = ledger or ledger_of_device(self.uuid)
+            self._properties = _page_properties(cuda, index)
+            self._access = _read_write(cuda, index)
+            self._context = _answer("cuDevicePrimaryCtxRetain", cuda.cuDevicePrimaryCtxRetain(self._device))
+            try:
+                self.info = DriverInfo(
+                    name="cuda",
+                    device=tensor_device or f"cuda:{index}",
+                    granularity_bytes=self._granularity_bytes(),
+                    max_mappings=max_mappings,
+                    neighbours_merge=False,
+                    mappings_per_run=1,
+                    keeps_pay=True,
+                    memory_bytes=self.available_bytes(),
+                    max_reservation_bytes=_MAX_RESERVATION_BYTES,
+                    path="cuda-python",
+                    reads_best="per_layer",
+                    zeroes_new_pages=False,  # seen zero on some devices, promised nowhere
+                )
+            except BaseException:
+                cuda.cuDevicePrimaryCtxRelease(self._device)
+                raise
+        except DriverError as error:
+            advice = MISSING_CODES.get(error.code, "check nvidia-smi")
+            raise ConfigError(f"cuda:{index} cannot be used, {error}; {advice}") from error
 
     def available_bytes(self) -> int:
+        self._require_open("available_bytes")
         with self.in_context():
-            free, _ = _answer(self._cuda.cuMemGetInfo())
-        return int(free)
+            free, _ = _answer("cuMemGetInfo", self._cuda.cuMemGetInfo())
+        return int(free) + self._runtime.spare_bytes()
 
     @_operation
     def reserve(self, n_bytes: int) -> Reservation:
         if n_bytes > _MAX_RESERVATION_BYTES:
             raise OutOfAddressSpace(f"{n_bytes} bytes of addresses are more than {_MAX_RESERVATION_BYTES}")
-        code, base = self._cuda.cuMemAddressReserve(n_bytes, self.info.granularity_bytes, 0, 0)
-        if code == OUT_OF_MEMORY:
-            raise OutOfAddressSpace(
-                f"{self.info.device} has no free range of {format_bytes(n_bytes)}; lower max_tokens or the number of "
-                "slots"
-            )
-        if code != SUCCESS:
-            raise self._failure("reserve", code, f"{n_bytes} bytes")
-        reservation = Reservation(int(base), n_bytes)
-        with self._lock:
-            self._reservations.add(reservation)
+        batch = self._batch()
+        try:
+            code = batch.call(self._cuda.cuMemAddressReserve, n_bytes, self.info.granularity_bytes, 0, 0)
+            if code == OUT_OF_MEMORY:
+                raise OutOfAddressSpace(
+                    f"{self.info.device} has no free range of {format_bytes(n_bytes)}; lower max_tokens or the number "
+                    "of slots"
+                )
+            if code != SUCCESS:
+                raise self._failure("reserve", code, f"{n_bytes} bytes")
+            reservation = Reservation(int(batch.values[0]), n_bytes)
+            with self._lock:
+                self._reservations.add(reservation)
+        except BaseException:
+            for base in batch.values:
+                self._cuda.cuMemAddressFree(base, n_bytes)
+            raise
         return reservation
 
     @_operation
@@ -216,58 +244,69 @@ class CudaDriver(Driver):
             if reservation not in self._reservations:
                 raise UsageError(f"{reservation} is not a live reservation of this driver")
             self._reservations.remove(reservation)
-        (code,) = self._cuda.cuMemAddressFree(reservation.base, reservation.n_bytes)
-        if code != SUCCESS:
-            with self._lock:
-                self._reservations.add(reservation)
-            raise self._failure("free_reservation", code, _range(reservation.base, reservation.n_bytes))
+        batch = self._batch()
+        try:
+            code = batch.call(self._cuda.cuMemAddressFree, reservation.base, reservation.n_bytes)
+            if code != SUCCESS:
+                raise self._failure("free_reservation", code, _range(reservation.base, reservation.n_bytes))
+        finally:
+            if not batch.n_done and not batch.is_unsure:
+                with self._lock:
+                    self._reservations.add(reservation)
 
     @_operation
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
-        may_ask = True
-        for _ in places:
-            code, handle = self._cuda.cuMemCreate(page_bytes, self._properties, 0)
-            if code == OUT_OF_MEMORY and may_ask:
-                may_ask = False
-                self._runtime.free_cached_memory()
-                code, handle = self._cuda.cuMemCreate(page_bytes, self._properties, 0)
-            if code == OUT_OF_MEMORY:
-                raise OutOfPages(f"{self.info.device} has no memory for another page of {format_bytes(page_bytes)}")
-            if code != SUCCESS:
-                raise self._failure("create", code, f"a page of {page_bytes} bytes")
-            page = Handle(int(handle))
-            self._pages[page] = page_bytes
-            created.append(page)
+        batch = self._batch()
+        try:
+            for _ in places:
+                code = batch.call(self._cuda.cuMemCreate, page_bytes, self._properties, 0)
+                if code == OUT_OF_MEMORY:
+                    raise OutOfPages(f"{self.info.device} has no memory for another page of {format_bytes(page_bytes)}")
+                if code != SUCCESS:
+                    raise self._failure("create", code, f"a page of {page_bytes} bytes")
+        finally:
+            handles = [Handle(int(handle)) for handle in batch.values]
+            self._pages.update(dict.fromkeys(handles, page_bytes))
+            created.extend(handles)
 
     @_operation
     def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
-        call = self._cuda.cuMemMap
-        for n_done, (address, handle) in enumerate(zip(addresses, handles, strict=True)):
-            (code,) = call(address, page_bytes, 0, handle, 0)
-            if code != SUCCESS:
-                code = self._once_more(code, call, address, page_bytes, 0, handle, 0)
+        batch = self._batch()
+        try:
+            for address, handle in zip(addresses, handles, strict=True):
+                code = batch.call(self._cuda.cuMemMap, address, page_bytes, 0, handle, 0)
                 if code != SUCCESS:
-                    raise self._mapping_failure("map", code, (address, page_bytes), n_done)
+                    raise self._mapping_failure("map", code, (address, page_bytes), batch.n_done)
+        finally:
+            n_done = batch.n_done
+            self._mapped.update(dict.fromkeys(addresses[:n_done], page_bytes))
+            if batch.is_unsure and self._is_mapped(addresses[n_done]):
+                self._mapped[addresses[n_done]] = page_bytes
 
     @_operation
     def set_access(self, spans: Sequence[Span]) -> None:
-        call = self._cuda.cuMemSetAccess
-        for n_done, (address, n_bytes) in enumerate(spans):
-            (code,) = call(address, n_bytes, self._access, 1)
+        batch = self._batch()
+        for address, n_bytes in spans:
+            code = batch.call(self._cuda.cuMemSetAccess, address, n_bytes, self._access, 1)
             if code != SUCCESS:
-                code = self._once_more(code, call, address, n_bytes, self._access, 1)
-                if code != SUCCESS:
-                    raise self._mapping_failure("set_access", code, (address, n_bytes), n_done)
+                raise self._mapping_failure("set_access", code, (address, n_bytes), batch.n_done)
 
     @_operation
     def unmap(self, spans: Sequence[Span]) -> None:
-        call = self._cuda.cuMemUnmap
-        for n_done, (address, n_bytes) in enumerate(spans):
-            (code,) = call(address, n_bytes)
-            if code != SUCCESS:
-                code = self._once_more(code, call, address, n_bytes)
+        pages_of_spans = [self._pages_in(span) for span in spans]
+        batch = self._batch()
+        try:
+            for address, n_bytes in spans:
+                code = batch.call(self._cuda.cuMemUnmap, address, n_bytes)
                 if code != SUCCESS:
-                    raise self._mapping_failure("unmap", code, (address, n_bytes), n_done)
+                    raise self._mapping_failure("unmap", code, (address, n_bytes), batch.n_done)
+        finally:
+            n_done = batch.n_done
+            if batch.is_unsure and not self._is_mapped(pages_of_spans[n_done][0]):
+                n_done += 1
+            for pages in pages_of_spans[:n_done]:
+                for page in pages:
+                    self._mapped.pop(page, None)
 
     @_operation
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
@@ -278,15 +317,15 @@ class CudaDriver(Driver):
                 )
             for handle in handles:  # before the calls: CUDA may give their numbers to another thread's pages
                 del self._pages[handle]
-        n_done = 0
+        batch = self._batch()
         try:
             for handle in handles:
-                (code,) = self._cuda.cuMemRelease(handle)
+                code = batch.call(self._cuda.cuMemRelease, handle)
                 if code != SUCCESS:
-                    raise self._failure("release", code, f"handle {handle:#x}", n_done)
-                n_done += 1
+                    raise self._failure("release", code, f"handle {handle:#x}", batch.n_done)
         finally:
-            self._pages.update(dict.fromkeys(handles[n_done:], page_bytes))
+            # A handle of which nobody knows counts as gone: to release it again could be its second time.
+            self._pages.update(dict.fromkeys(handles[batch.n_done + batch.is_unsure :], page_bytes))
 
     @_operation
     def scrub(self, spans: Sequence[Span]) -> None:
@@ -316,20 +355,27 @@ class CudaDriver(Driver):
         self._require_open("bind_thread")
         if getattr(self._threads, "stream", None) is not None:
             return
-        with self._lock:
-            stream = self._idle_streams.pop() if self._idle_streams else None
-        if stream is None:
-            with self.in_context():
-                code, stream = self._cuda.cuStreamCreate(self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
-                if code != SUCCESS:
-                    raise self._failure("bind_thread", code, "a stream for this thread")
-            self._streams.append(stream)
+        cuda = self._cuda
+        (code,) = cuda.cuCtxSetCurrent(self._context)
+        if code == SUCCESS:
+            # What a mapper does must not end a graph capture that another thread has begun.
+            code, _ = cuda.cuThreadExchangeStreamCaptureMode(cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        if code == SUCCESS:
+            try:
+                stream = self._idle_streams.pop()
+            except IndexError:
+                code, stream = cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+                if code == SUCCESS:
+                    self._streams.append(stream)
+        if code != SUCCESS:
+            raise self._failure("bind_thread", code, "this thread's context and stream")
         self._threads.stream = stream
         weakref.finalize(threading.current_thread(), self._idle_streams.append, stream).atexit = False
 
     def current_stream(self) -> int:
         own = getattr(self._threads, "stream", None)
-        return self._runtime.current_stream() if own is None else int(own)
+        # By its own name: cuda-python can be told to take 0 for another stream than torch does.
+        return (self._runtime.current_stream() or _LEGACY_STREAM) if own is None else int(own)
 
     @_operation
     def fence(self, streams: Collection[int] = ()) -> Fence:
@@ -355,24 +401,30 @@ class CudaDriver(Driver):
 
     @contextmanager
     def in_context(self) -> Iterator[None]:
-        """Work in the device's primary context; leave the one that was current as it was found.
+        """Work in the device's primary context; afterwards the one is current that was before, or none.
 
-        A thread that has none keeps ours: then the next call finds it. torch makes another one current as it goes from
-        device to device.
+        torch makes another one current as it goes from device to device, and takes its device from it.
         """
         code, current = self._cuda.cuCtxGetCurrent()
-        is_none = current is None or int(current) == 0
-        is_ours = not is_none and int(current) == int(self._context)
+        is_ours = current is not None and int(current) == int(self._context)
         if code == SUCCESS and not is_ours:
-            enter = self._cuda.cuCtxSetCurrent if is_none else self._cuda.cuCtxPushCurrent
-            (code,) = enter(self._context)
+            (code,) = self._cuda.cuCtxPushCurrent(self._context)
         if code != SUCCESS:
             raise self._failure("context", code, "the primary context")
         try:
             yield
         finally:
-            if not is_ours and not is_none:
+            if not is_ours:
                 self._cuda.cuCtxPopCurrent()
+
+    def _granularity_bytes(self) -> int:
+        smallest = self._cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        with self.in_context():
+            answer = self._cuda.cuMemGetAllocationGranularity(self._properties, smallest)
+        return int(_answer("cuMemGetAllocationGranularity", answer))
+
+    def _batch(self) -> Batch:
+        return Batch(self._cuda.cuCtxSynchronize, self._runtime_gave_memory)
 
     def _require_open(self, operation: str) -> None:
         if os.getpid() != self._pid:
@@ -383,20 +435,42 @@ class CudaDriver(Driver):
         if self._closed:
             raise UsageError(f"{operation} on a closed driver")
         if self._lost is not None:
-            raise self._lost_error(operation)
+            lost = DriverError(operation, self._lost.code, self._lost.name, 0, "not tried: the device was lost before")
+            lost.is_fatal = True
+            raise lost
 
-    def _launch(self, operation: str, call: Callable[..., Any], batch: Sequence[tuple[int, ...]]) -> None:
+    def _is_mapped(self, address: int) -> bool:
+        """Ask the device, where an interruption has left our books behind."""
+        code, handle = self._cuda.cuMemRetainAllocationHandle(address)
+        if code == SUCCESS:
+            self._cuda.cuMemRelease(handle)
+        return bool(code == SUCCESS)
+
+    def _pages_in(self, span: Span) -> list[int]:
+        """The addresses of the mappings that fill a range exactly."""
+        address, n_bytes = span
+        pages, end = [], address + n_bytes
+        while address < end:
+            pages.append(address)
+            page_bytes = self._mapped.get(address)
+            if page_bytes is None:
+                raise UsageError(f"unmap of {_range(*span)}: nothing is mapped at {address:#x}")
+            address += page_bytes
+        if address != end:
+            raise UsageError(f"unmap of {_range(*span)} cuts the mapping at {pages[-1]:#x}")
+        return pages
+
+    def _launch(self, operation: str, call: Callable[..., Any], items: Sequence[tuple[int, ...]]) -> None:
         """Queue a call per item on the current stream.
 
         Waits for the stream in a thread of ours, and where something failed: then nothing of it may still run.
         """
-        stream, n_done = self.current_stream(), 0
+        stream, batch = self.current_stream(), self._batch()
         try:
-            for arguments in batch:
-                (code,) = call(*arguments, stream)
+            for arguments in items:
+                code = batch.call(call, *arguments, stream)
                 if code != SUCCESS:
-                    raise self._failure(operation, code, f"({', '.join(map(hex, arguments))})", n_done)
-                n_done += 1
+                    raise self._failure(operation, code, f"({', '.join(map(hex, arguments))})", batch.n_done)
         except BaseException:
             if self._lost is None:
                 self._cuda.cuStreamSynchronize(stream)
@@ -409,28 +483,45 @@ class CudaDriver(Driver):
     def _fence_on(self, streams: Collection[int], keep: object = None) -> Fence:
         fence = _EventFence(self, keep)
         for stream in streams:
-            fence.events.append(self._take_event())
-            (code,) = self._cuda.cuEventRecord(fence.events[-1], stream)
-            if code != SUCCESS:
-                raise self._failure("fence", code, f"stream {stream:#x}")
+            self._record(fence, stream)
         return fence
 
-    def _take_event(self) -> Any:
-        with self._lock:
-            if self._idle_events:
-                return self._idle_events.pop()
+    def _record(self, fence: _EventFence, stream: int) -> None:
+        code, status = self._cuda.cuStreamIsCapturing(stream)
+        if code == SUCCESS and int(status) != 0:
+            raise UsageError(
+                "a CUDA graph is being captured on this stream, and what it touches may run again at any time; end the "
+                "capture first, and hold a step open for as long as the graph lives (vmem_kv.steps)"
+            )
+        try:
+            event = self._idle_events.pop()
+        except IndexError:
+            event = self._new_event()
+        fence.events.append(event)
+        if code == SUCCESS:
+            (code,) = self._cuda.cuEventRecord(event, stream)
+        if code in (INVALID_HANDLE, CONTEXT_IS_DESTROYED):
+            # The stream is gone. What ran on it has finished when everything has.
+            (code,) = self._cuda.cuCtxSynchronize()
+        if code != SUCCESS:
+            raise self._failure("fence", code, f"stream {stream:#x}")
+
+    def _new_event(self) -> Any:
         code, event = self._cuda.cuEventCreate(self._cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING)
         if code != SUCCESS:
             raise self._failure("fence", code, "a new event")
         self._events.append(event)
         return event
 
-    def _once_more(self, code: Any, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Answer NOT_READY, which some systems give while the device works, by waiting for it and asking again."""
-        if code != NOT_READY:
-            return code
-        self._cuda.cuCtxSynchronize()
-        return call(*arguments)[0]
+    def _runtime_gave_memory(self) -> bool:
+        """Ask whoever keeps memory for it, but not from a mapper: to answer, torch waits for the whole device."""
+        if getattr(self._threads, "stream", None) is not None:
+            return False
+        try:
+            self._runtime.free_cached_memory()
+        except RuntimeError:  # not while a graph is being captured, for one
+            return False
+        return True
 
     def _mapping_failure(self, operation: str, code: Any, span: Span, n_done: int) -> VmemError:
         if code != OUT_OF_MEMORY:
@@ -444,20 +535,16 @@ class CudaDriver(Driver):
     def _failure(self, operation: str, code: Any, what: str, n_done: int = 0) -> DriverError:
         """Describe a failed call. It may be an earlier launch that failed, which only the device can tell."""
         detail = f"{what} on cuda:{int(self._device)}"
-        (reported,) = (code,) if int(code) in LOST_CODES else self._cuda.cuCtxSynchronize()
+        reported = code
+        if int(code) not in LOST_CODES:
+            batch = self._batch()
+            reported = batch.call(self._cuda.cuCtxSynchronize)
         if reported not in (SUCCESS, code):
             detail += f"; the device reports {reported.name} ({int(reported)}) from earlier work"
         error = DriverError(operation, int(code), code.name, n_done, detail)
         if int(code) in LOST_CODES or int(reported) in LOST_CODES:
             error.is_fatal = True
             self._lost = self._lost or error
-        return error
-
-    def _lost_error(self, operation: str) -> DriverError:
-        lost = self._lost
-        assert lost is not None
-        error = DriverError(operation, lost.code, lost.name, 0, f"not tried: the device was lost in {lost}")
-        error.is_fatal = True
         return error
 
 
@@ -517,14 +604,14 @@ def _load_cuda() -> Any:
 
 
 def _find_device(cuda: Any, index: int) -> Any:
-    n_devices = int(_answer(cuda.cuDeviceGetCount()))
+    n_devices = int(_answer("cuDeviceGetCount", cuda.cuDeviceGetCount()))
     if not 0 <= index < n_devices:
         raise ConfigError(
             f"there is no device cuda:{index}: the NVIDIA driver sees {n_devices}; check CUDA_VISIBLE_DEVICES"
         )
-    device = _answer(cuda.cuDeviceGet(index))
+    device = _answer("cuDeviceGet", cuda.cuDeviceGet(index))
     supported = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
-    if not _answer(cuda.cuDeviceGetAttribute(supported, device)):
+    if not _answer("cuDeviceGetAttribute", cuda.cuDeviceGetAttribute(supported, device)):
         raise ConfigError(f"cuda:{index} has no virtual memory management, which vmem_kv is built on; use another GPU")
     return device
 
@@ -545,11 +632,11 @@ def _read_write(cuda: Any, index: int) -> list[Any]:
     return [access]
 
 
-def _answer(result: Any) -> Any:
+def _answer(call: str, result: Any) -> Any:
     """The value of a call that asks something and cannot break off half-way."""
     code, *values = result
     if code != SUCCESS:
-        error = DriverError("query", int(code), code.name)
+        error = DriverError(call, int(code), code.name)
         error.is_fatal = int(code) in LOST_CODES
         raise error
     return values[0] if len(values) == 1 else values

@@ -94,7 +94,8 @@ class HostDriver(Driver):
         self._pages: dict[Handle, int] = {}  # live handles and their sizes
         self._orphans: list[Span] = []  # live pages whose place is no longer reserved, by offset
         self._next_upper = _UPPER_HALF
-        self._lock = threading.Lock()
+        # A garbage collection in the middle of a call may close a cache on this driver, from the same thread.
+        self._lock = threading.RLock()
         self.calls = Counter()
         self.ledger = ledger
         n_other_mappings = ledger.other_mappings(machine.n_mappings_now)
@@ -111,6 +112,7 @@ class HostDriver(Driver):
             memory_bytes=_available_bytes(machine, huge_pages),
             max_reservation_bytes=1 << 46,
             path=self._mapper.name,
+            reads_best="per_head",  # torch reads one head's tokens in a row as fast as contiguous memory
             mappings_advice="raise vm.max_map_count",
         )
 

@@ -22,7 +22,8 @@ class Ledger:
         self.n_bytes = 0
         """Physical memory owned by all pools."""
         self._n_other_mappings = 0
-        self._lock = threading.Lock()
+        # A garbage collection in the middle of a call may close a cache on this ledger, from the same thread.
+        self._lock = threading.RLock()
 
     def other_mappings(self, n_mappings_now: int) -> int:
         """How many of the process's mappings are not ours, given how many it has now.

@@ -20,6 +20,6 @@ def open_driver(name: str = "host") -> Driver:
         raise ConfigError(f"there is no driver {name!r}; choose host, host:native, host:python or cuda:N")
     if match[1]:
         return HostDriver(match[2] or "auto")
-    from vmem_kv.driver.cuda import CudaDriver  # only where it is wanted
+    from vmem_kv.driver.cuda import CudaDriver, NoRuntime  # only where it is wanted
 
-    return CudaDriver(int(match[3]))
+    return CudaDriver(int(match[3]), NoRuntime())

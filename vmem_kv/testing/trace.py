@@ -2,7 +2,7 @@
 
     driver = LoggingDriver(HostDriver(), calls := [])
     ...
-    replay(calls, CudaDriver())            # the same calls, in the same order, on another device
+    replay(calls, CudaDriver(0, NoRuntime()))            # the same calls, in the same order, on another device
 
 A call is a line of JSON (`Call.to_json`). Addresses and handles are those of the driver that was recorded; `replay`
 translates them: an address by the reservation around it, a handle by the order of creation.
