@@ -9,7 +9,7 @@ import pytest
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.accounting import AccountingDriver
-from vmem_kv.driver.base import Driver, Handle, Reservation, Span
+from vmem_kv.driver.base import Copy, Driver, Handle, Reservation, Span
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.errors import ConfigError, OutOfAddressSpace, OutOfMappings, OutOfPages, UsageError
 from vmem_kv.layout import LayerSpec, Layout
@@ -198,3 +198,27 @@ def test_an_80_layer_model_on_141_gb_costs_next_to_nothing() -> None:
     cache.close()
     cache.pool.trim()
     driver.close()
+
+
+def test_an_alias_keeps_its_page_from_being_released() -> None:
+    bench = Bench()
+    aliases = [bench.other.base, bench.other.base + PAGE]
+    bench.driver.map(PAGE, aliases, [bench.handles[0]] * 2)
+    bench.driver.unmap([(bench.at[0], 2 * PAGE)])
+    assert bench.driver.n_live_mappings == 2
+    bench.driver.release(PAGE, [bench.handles[1]])
+    for alias in aliases:
+        with pytest.raises(UsageError, match="mapped"):
+            bench.driver.release(PAGE, [bench.handles[0]])
+        bench.driver.unmap([(alias, PAGE)])
+    bench.driver.release(PAGE, [bench.handles[0]])
+    assert bench.driver.n_live_handles == 1
+
+
+def test_copies_that_overlap_are_refused_and_an_empty_batch_is_none() -> None:
+    bench = Bench()
+    bench.driver.set_access([(bench.at[0], 2 * PAGE)])
+    with pytest.raises(UsageError, match="overlap"):
+        bench.driver.copy([Copy(bench.at[0], bench.at[0] + 10, 20)])
+    bench.driver.map(PAGE, [], [])
+    assert bench.driver.n_live_mappings == 2

@@ -23,7 +23,7 @@ from vmem_kv.replay.memory import AllocatorMemory, Key
 from vmem_kv.replay.study import SCHEMES
 
 PAIR = "prompt_tokens,output_tokens\n"
-SMALL = ("--model", "smollm2-135m", "--budget", "64MiB")
+SMALL = ("--model", "smollm2-135m", "--budget", "64MiB", "--max-batch", "64")
 
 TRACES: dict[str, tuple[str, bytes]] = {
     "two lines": ("normalised", (PAIR + "100,50\n").encode()),
@@ -119,7 +119,14 @@ def test_options_change_what_they_say(tmp_path: Path) -> None:
 def test_a_budget_too_small_for_the_usual_layout_gets_the_finest(tmp_path: Path) -> None:
     path = write(tmp_path, many())
     assert replayed(tmp_path, path, *SMALL)["layout"] == "token_major"
-    assert replayed(tmp_path, path, *SMALL[:2], "--budget", "1GiB")["layout"] == "per_layer"
+    assert replayed(tmp_path, path, *SMALL, "--budget", "1GiB")["layout"] == "per_layer"
+
+
+def test_arrivals_that_go_back_are_not_used_and_that_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, "arrival_s,prompt_tokens,output_tokens\n5,100,5\n0,100,5\n")
+    result = run("replay", path, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "always some waiting (the trace's arrivals go back in time)" in result.stdout
 
 
 def test_memory_may_be_real(tmp_path: Path) -> None:
@@ -157,7 +164,7 @@ def test_frag_compares_all_schemes_and_draws_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [80, 100, 160])
 def test_the_table_of_frag_fits_the_terminal(tmp_path: Path, columns: int) -> None:
-    result = run("frag", write(tmp_path, many()), "--model", "smollm2-135m", "--budget", "512MiB", columns=columns)
+    result = run("frag", write(tmp_path, many()), *SMALL, "--budget", "512MiB", columns=columns)
     table = [line for line in result.stdout.splitlines() if "%" in line]
     assert len(table) == len(SCHEMES)
     assert all(len(line) <= columns and line.split()[-1] in "abcde" for line in table)

@@ -17,7 +17,7 @@ from vmem_kv.replay.memory import AllocatorMemory, Key
 from vmem_kv.replay.rivals import RivalMemory, blocks_of, maximum_length, power_of_two
 from vmem_kv.replay.schedule import POLICIES, Replay, StepTime, fcfs, first_fit, shortest
 from vmem_kv.replay.statistics import Report
-from vmem_kv.replay.study import SCHEMES, Setting, count_steady_calls, measure_decode
+from vmem_kv.replay.study import SCHEMES, Setting, count_steady_calls, measure_decode, open_allocator
 from vmem_kv.traces import Request, find_shape
 from vmem_kv.units import KIB, MIB
 
@@ -151,6 +151,34 @@ def test_wrong_books_are_noticed() -> None:
     with pytest.raises(UsageError, match="in our books"):
         memory.check()
     memory.close()
+
+
+def test_a_sequence_that_finds_no_room_leaves_nothing_behind() -> None:
+    memory = allocator()
+    key = memory.begin(1000, 1000)
+    assert not memory.can_admit(100)
+    with pytest.raises(OutOfPages):
+        memory.begin(100, 100)
+    memory.check()
+    assert memory.cache.active_slots() == [key]
+    memory.end([key])
+    memory.end([memory.begin(100, 100)])
+    memory.check()
+    memory.close()
+
+
+def test_a_driver_that_cannot_hold_the_budget_is_closed() -> None:
+    opened: list[AccountingDriver] = []
+
+    def open_small(budget_bytes: int, page_bytes: int) -> AccountingDriver:
+        opened.append(AccountingDriver(4 * MIB, page_bytes))
+        return opened[-1]
+
+    setting = Setting.for_trace(find_shape("smollm2-135m"), 64 * MIB, 100, n_max_running=4)
+    with pytest.raises(ConfigError, match="does not fit"):
+        open_allocator(setting, name="x", kind="token_major", page_bytes=64 * KIB, open_driver=open_small)
+    with pytest.raises(UsageError, match="closed driver"):
+        opened[0].reserve(64 * KIB)
 
 
 def test_a_policy_decides_who_comes_next() -> None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from vmem_kv.traces.lines import Place
 
-MAX_CONVERSATION_CHARS = 32 << 20
+MAX_CONVERSATION_CHARS = 8 << 20
 """A longer one is taken for a mistake."""
 
 _READ_BYTES = 1 << 18
