@@ -40,5 +40,13 @@ def driver(driver_name: str) -> Iterator[Driver]:
 
 @pytest.fixture
 def record(record_property: Callable[[str, object], None]) -> Record:
-    """Report a figure; the summary shows it (tests/conftest.py)."""
-    return lambda text: record_property("figures", text)
+    """Report a figure; the summary shows it."""
+    return lambda text: record_property("shown", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was shown, how often."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "shown":
+                terminalreporter.write_line(str(value))

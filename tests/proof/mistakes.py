@@ -76,7 +76,8 @@ def commits_before_it_maps(patch: pytest.MonkeyPatch) -> None:
 
 
 def adopts_the_first_warm_slot(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SlotTable, "_excess", lambda table, index, expected_tokens: 0)
+    patch.setattr(SlotTable, "_off", lambda table, index, wanted_tokens: -(SlotId(index) in table.warm))
+    patch.setattr(SlotTable, "_reused", lambda table, index, wanted_tokens: 0)
 
 
 def exceeds_the_budget(patch: pytest.MonkeyPatch) -> None:

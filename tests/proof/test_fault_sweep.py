@@ -14,6 +14,8 @@ from .drivers import open_driver
 from .mistakes import IN_A_SWEEP, Mistake, does_not_scrub
 from .sweeping import COMPOUND_PLANS, PLANS, Story, grows_several_across_planes, reclaims_under_pressure, sweep
 
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
+
 OPERATIONS = {"reserve", "create", "map", "set_access", "scrub", "unmap", "release", "free_reservation", "fence"}
 
 

@@ -25,6 +25,8 @@ from ..core.subprocesses import run_python
 from .conftest import Record
 from .drivers import open_driver, physical_bytes
 
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
+
 N_STEPS = 1500
 
 
@@ -54,7 +56,7 @@ class Decoding:
         self.n_sequences = 0
         self.choose = random.Random(3)
 
-    def step(self, premapper: Premapper) -> None:
+    def step(self, premapper: Premapper, *, in_turns: bool = False) -> None:
         cache, lengths = self.cache, self.lengths
         while len(lengths) < 3:
             self.n_sequences += 1
@@ -66,6 +68,8 @@ class Decoding:
             self.tags.verify(slot_id, 0, n_tokens)
         lengths.update(wanted)
         premapper.request(wanted)
+        if in_turns:
+            assert premapper.wait_idle()
         for slot_id in [s for s, n in wanted.items() if n == MAX_TOKENS]:
             del lengths[slot_id]
             cache.retire(slot_id)  # perhaps while the mapper maps for it
@@ -102,8 +106,7 @@ def decode_in_lockstep(device: Driver, plan: Plan) -> tuple[Decoding, Premapper]
     premapper = Premapper(decoding.cache, 6)
     premapper.start()
     for _ in range(25):
-        decoding.step(premapper)
-        assert premapper.wait_idle()
+        decoding.step(premapper, in_turns=True)
     premapper.stop()
     return decoding, premapper
 
@@ -118,6 +121,7 @@ def test_the_mapper_may_be_killed_at_each_of_its_steps(driver: Driver, driver_na
     calm, _ = decode_in_lockstep(driver, count)
     lengths = dict(calm.lengths)
     calm.close()
+    assert n_steps > 50
     for make_error in (lambda point: Killed(), driver_error()):
         for n in range(1, n_steps + 1):
             seen = 0
@@ -205,8 +209,7 @@ def test_a_mapper_without_room_skips_and_the_step_raises() -> None:
 
     def decode(premapper: Premapper) -> None:
         for _ in range(40):
-            decoding.step(premapper)
-            assert premapper.wait_idle()
+            decoding.step(premapper, in_turns=True)
 
     with Premapper(decoding.cache, 30) as premapper:
         with pytest.raises(OutOfPages):

@@ -18,6 +18,8 @@ from vmem_kv.testing.operations import MAX_TOKENS, Run
 from .conftest import Record
 from .drivers import open_driver
 
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
+
 DEPTH = 10
 STATES_DEPTH = 4
 STEP = 24

@@ -21,6 +21,8 @@ from vmem_kv.testing.shadow import DriverWords, HostWords, ShadowTags, TagMismat
 from .conftest import Record
 from .drivers import open_driver
 
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
+
 N_CHECKS = 10_000_000
 N_PAGES = 100_000
 

@@ -1,0 +1,218 @@
+"""Mutation score: how many small mistakes in a module do the tests notice?
+
+    python -m tests.proof.mutation vmem_kv/growth.py vmem_kv/slots.py --sample 100 --seed 1
+
+Every mutant changes one place: a comparison, an operator, a number, a condition, a statement that is left out. A mutant
+lives in a forked process of its own, which imports the package with the changed module and runs the tests until one
+fails. Survivors are printed with their lines, to be read: some are equivalent to the original, the others want a test.
+
+Assumptions: run from the repository's root, on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+LIMIT_S = 90
+"""A mutant that takes longer hangs, which is noticed."""
+
+TESTS = [
+    "tests/core/test_units_and_layout.py",
+    "tests/core/test_pool.py",
+    "tests/core/test_cache.py",
+    "tests/core/test_slots_and_premap.py",
+    "tests/core/test_limits.py",
+    "tests/core/test_small_repairs.py",
+    "tests/core/test_closing.py",
+    "tests/proof/test_remaining_branches.py",
+]
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,  # codespell:ignore notin
+    ast.NotIn: ast.In,  # codespell:ignore notin
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.BitOr: ast.BitAnd,
+    ast.BitAnd: ast.BitOr,
+}
+
+
+class Mutant(NamedTuple):
+    """One changed module."""
+
+    path: Path
+    line: int
+    what: str
+    tree: ast.Module
+
+
+def mutants_of(path: Path) -> Iterator[Mutant]:
+    """Every mutant of a file, in the order of its lines."""
+    tree = ast.parse(path.read_text())
+    for index, node in enumerate(ast.walk(tree)):
+        for number in range(_n_changes(node)):
+            changed = copy.deepcopy(tree)
+            target = next(n for i, n in enumerate(ast.walk(changed)) if i == index)
+            what = _change(target, number)
+            yield Mutant(path, getattr(node, "lineno", 0), what, ast.fix_missing_locations(changed))
+
+
+def _n_changes(node: ast.AST) -> int:
+    if isinstance(node, ast.Compare):
+        return sum(type(op) in COMPARISONS for op in node.ops)
+    if isinstance(node, ast.BinOp | ast.AugAssign):
+        return type(node.op) in OPERATORS
+    if isinstance(node, ast.BoolOp | ast.If | ast.IfExp | ast.While):
+        return 1
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.Not)
+    if isinstance(node, ast.Constant):
+        return type(node.value) in (int, bool)
+    if isinstance(node, ast.FunctionDef):
+        return len(_droppable(node))
+    return 0
+
+
+def _droppable(function: ast.FunctionDef) -> list[ast.stmt]:
+    """Statements that can be left out: calls, and sums onto something."""
+    found = []
+    for node in ast.walk(function):
+        for statement in getattr(node, "body", []) if not isinstance(node, ast.Lambda | ast.IfExp) else []:
+            is_call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+            if is_call or isinstance(statement, ast.AugAssign | ast.Delete):
+                found.append(statement)
+    return found
+
+
+def _change(node: ast.AST, number: int) -> str:
+    """Change a node in place; return what was done."""
+    before = "" if isinstance(node, ast.FunctionDef | ast.If | ast.While) else ast.unparse(node)
+    if isinstance(node, ast.Compare):
+        places = [i for i, op in enumerate(node.ops) if type(op) in COMPARISONS]
+        node.ops[places[number]] = COMPARISONS[type(node.ops[places[number]])]()
+    elif isinstance(node, ast.BinOp | ast.AugAssign):
+        node.op = OPERATORS[type(node.op)]()
+    elif isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    elif isinstance(node, ast.If | ast.IfExp | ast.While):
+        before = ast.unparse(node.test)
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+        return f"{before} -> not ({before})"
+    elif isinstance(node, ast.UnaryOp):
+        node.op, node.operand = ast.Not(), ast.UnaryOp(ast.Not(), node.operand)
+    elif isinstance(node, ast.Constant):
+        node.value = not node.value if isinstance(node.value, bool) else int(node.value) + 1  # type: ignore[call-overload]
+    elif isinstance(node, ast.FunctionDef):
+        statement = _droppable(node)[number]
+        text = ast.unparse(statement)
+        for parent in ast.walk(node):
+            body = getattr(parent, "body", None)
+            if isinstance(body, list) and statement in body:
+                body[body.index(statement)] = ast.Pass()
+        return f"line {statement.lineno}: {text} -> pass"
+    return f"{before} -> {ast.unparse(node)}"
+
+
+class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a changed tree."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._name = ".".join(mutant.path.with_suffix("").parts)
+        self._code = compile(mutant.tree, str(mutant.path), "exec")
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return importlib.util.spec_from_loader(name, self) if name == self._name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code, module.__dict__)
+
+
+def is_noticed(mutant: Mutant) -> bool:
+    """Run the tests on a mutant in a process of its own; whether any failed, hung or crashed."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(LIMIT_S)
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        os.dup2(silence, 2)
+        os._exit(_run_tests(mutant))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def _run_tests(mutant: Mutant) -> int:
+    """In the child: 0 if nothing was noticed. Random operations first, they notice most and fastest."""
+    try:
+        sys.meta_path.insert(0, _Loader(mutant))
+        from vmem_kv.testing.operations import random_run
+        from vmem_kv.testing.targets import open_driver
+
+        random_run(1, 1500, open_driver("host:native"))
+        import pytest
+
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cuda and not python"]
+        return int(pytest.main([*options, *TESTS]))
+    except BaseException:
+        return 1
+
+
+def main() -> None:
+    """Print a line per survivor and a score per file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--sample", type=int, help="so many mutants of each file, chosen by the seed")
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    # What every child needs and no mutant changes. (Not pytest's plugins: it wants to import those itself.)
+    import numpy  # noqa: F401
+
+    for path in given.files:
+        mutants = list(mutants_of(path))
+        n_all = len(mutants)
+        if given.sample is not None and given.sample < n_all:
+            mutants = sorted(random.Random(given.seed).sample(mutants, given.sample), key=lambda mutant: mutant.line)
+        if is_noticed(Mutant(path, 0, "", ast.parse(path.read_text()))):
+            sys.exit(f"the tests fail without any mutant of {path}: no score can be had")
+        begin, n_noticed = time.monotonic(), 0
+        for mutant in mutants:
+            noticed = is_noticed(mutant)
+            n_noticed += noticed
+            if not noticed:
+                sys.stdout.write(f"survived: {path}:{mutant.line}: {mutant.what}\n")
+                sys.stdout.flush()
+        score = n_noticed / len(mutants)
+        sys.stdout.write(
+            f"{path}: {n_noticed} of {len(mutants)} mutants noticed ({score:.1%}), of {n_all} there are, seed "
+            f"{given.seed}, {time.monotonic() - begin:.0f} s\n"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""`vmem-kv stress`: its verdicts, its exit codes, and what it says of a finding."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from vmem_kv.cli.app import app
+from vmem_kv.testing.clock import ManualClock
+from vmem_kv.testing.stress import OPS_OF_ROUND, Progress, StressOptions, run_stress
+
+from ..core.subprocesses import run_python
+from .drivers import open_driver
+from .mistakes import IN_ANY_RUN, Mistake, does_not_scrub, leaks_one_page
+
+pytestmark = pytest.mark.timeout(900)  # of a busy machine
+
+
+def stress(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["stress", *arguments])
+
+
+def test_a_clean_run_says_so() -> None:
+    result = stress("--ops", "2000", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert "2,000 operations" in result.output
+    assert "0 findings" in result.output
+    assert "clean" in result.output
+
+
+@pytest.mark.parametrize("mistake", [does_not_scrub, leaks_one_page])
+def test_a_finding_comes_with_a_short_program(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake(monkeypatch)
+    result = stress("--ops", "50000", "--seed", "2")
+    assert result.exit_code == 1, result.output
+    assert "finding with seed" in result.output
+    program = result.output.partition("To repeat it:")[2]
+    assert "run = Run(" in program
+    assert 1 <= program.count("run.") <= 15
+
+
+@pytest.mark.parametrize("mistake", IN_ANY_RUN)
+def test_the_engine_finds_a_planted_mistake(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake(monkeypatch)
+    progress = run_stress(StressOptions(n_ops=30_000), lambda: open_driver("native"))
+    assert len(progress.findings) == 1
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it was
+        exec(progress.findings[0].program, {})
+
+
+def test_threads_that_find_something_name_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmem_kv.testing.stress.random_run", lambda *arguments, **keywords: Progress(n_ops=300))
+    leaks_one_page(monkeypatch)
+    result = stress("--ops", "5000", "--threads", "3")
+    assert result.exit_code == 1
+    assert "the seed repeats what they chose" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--driver", "tpu"], "there is no driver 'tpu'; choose host"),
+        (["--ops", "0"], "--ops"),
+        (["--faults", "1.5"], "--faults"),
+        (["--threads", "0"], "--threads"),
+        (["--minutes", "soon"], "--minutes"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_nonsense_is_refused_with_status_2(arguments: list[str], text: str) -> None:
+    result = stress(*arguments)
+    assert result.exit_code == 2
+    assert text in result.output
+
+
+def test_where_cuda_is_missing_the_drivers_own_words_say_so() -> None:
+    """In a process of its own: this one may have loaded the emulated device."""
+    done = run_python(
+        "from vmem_kv.cli import main\nimport sys\nsys.argv[1:] = ['stress', '--driver', 'cuda:99']\nmain()"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_it_ends_when_the_time_is_over() -> None:
+    clock = ManualClock()
+    seen: list[int] = []
+
+    def on_progress(progress: Progress) -> bool:
+        seen.append(progress.n_ops)
+        return True
+
+    class Ticking(ManualClock):
+        def __call__(self) -> float:
+            clock.advance(2.0)
+            return clock()
+
+    options = StressOptions(n_ops=None, seconds=7.0, fault_share=0.0)
+    progress = run_stress(options, lambda: open_driver("native"), on_progress=on_progress, clock=Ticking())
+    assert seen == [OPS_OF_ROUND * n for n in (1, 2, 3, 4)]
+    assert (progress.n_faults, progress.was_stopped, progress.seconds) == (0, False, 8.0)
+
+
+def test_it_stops_when_asked() -> None:
+    progress = run_stress(StressOptions(), lambda: open_driver("cuda"), on_progress=lambda progress: False)
+    assert progress.was_stopped
+    assert progress.n_rounds == 1
+    assert progress.findings == []
