@@ -3,8 +3,8 @@
  * What it is: a libcuda.so.1 for tests, over plain memory (memory.c) and queues (streams.c), stricter than hardware
  * (rules.h has the table of rules). It knows the calls that a virtual-memory driver needs and no kernels.
  * What it guarantees: a call that fails changes nothing; any thread may call; one lock, given up while a call waits.
- * What it assumes: that nobody finds it by accident. Only cuGetProcAddress_v2 is exported of all calls, the library's
- * file is not called libcuda, and where an NVIDIA device exists every call fails.
+ * What it assumes: nothing of who loads it. Whoever finds it by accident finds nothing: it is inert until
+ * vmem_emulator_activate (controls.c), and beside an NVIDIA device for ever. Then no call is found, and all fail.
  */
 #define _GNU_SOURCE
 #include <string.h>
@@ -58,6 +58,11 @@ static CUresult admit(enum Call call, const struct Plan *plan) {
     return CUDA_SUCCESS;
 }
 
+/* Whether calls may do anything at all. */
+static bool is_inert(void) {
+    return !state.active || state.real_device || state.planted_device;
+}
+
 /* Begin a call. With CUDA_SUCCESS the lock is held until `leave`. */
 static CUresult enter(enum Call call) {
     if (forked_child) {
@@ -67,6 +72,7 @@ static CUresult enter(enum Call call) {
     struct Plan *plan = &state.plans[call];
     plan->n_calls++;
     struct Plan as_called = *plan;
+    uint64_t epoch = state.epoch;
     if (as_called.delay_us > 0) {
         (void)pthread_mutex_unlock(&state.lock);
         struct timespec delay = {(time_t)(as_called.delay_us / 1000000), (long)(as_called.delay_us % 1000000) * 1000};
@@ -74,7 +80,12 @@ static CUresult enter(enum Call call) {
         (void)pthread_mutex_lock(&state.lock);
     }
     state.call = call;
-    CUresult result = state.real_device || state.planted_device ? CUDA_ERROR_STUB_LIBRARY : admit(call, &as_called);
+    CUresult result = CUDA_ERROR_DEINITIALIZED; /* after a reset while it slept: what was planned is not any more */
+    if (is_inert()) {
+        result = CUDA_ERROR_STUB_LIBRARY;
+    } else if (state.epoch == epoch) {
+        result = admit(call, &as_called);
+    }
     if (result != CUDA_SUCCESS) {
         (void)pthread_mutex_unlock(&state.lock);
     }
@@ -270,6 +281,8 @@ ENTRY(cuEventDestroy, (CUevent event), event_destroy(event))
 ENTRY(cuEventRecord, (CUevent event, CUstream stream), event_record(event, stream))
 ENTRY(cuEventQuery, (CUevent event), event_query(event))
 ENTRY(cuEventSynchronize, (CUevent event), event_synchronize(event))
+ENTRY(cuEventElapsedTime, (float *milliseconds, CUevent start, CUevent end), event_elapsed(milliseconds, start, end))
+ENTRY(cuThreadExchangeStreamCaptureMode, (int *mode), capture_mode_exchange(mode))
 
 /* ---- how callers find them ---- */
 
@@ -293,6 +306,9 @@ EXPORTED CUresult cuGetProcAddress_v2(const char *name, void **found, int versio
         return CUDA_ERROR_INVALID_VALUE;
     }
     *found = NULL;
+    if (!state.active || state.real_device) {
+        return CUDA_ERROR_STUB_LIBRARY;
+    }
     for (int i = 0; i < N_CALLS; i++) {
         if (strcmp(name, call_name((enum Call)i)) == 0 && is_known(name, version)) {
             memcpy(found, &functions[i], sizeof *found);

@@ -14,8 +14,18 @@ struct Frame {
 enum { MAX_FRAMES = 16 };
 static _Thread_local struct Frame frames[MAX_FRAMES];
 static _Thread_local int n_frames;
+static _Thread_local uint64_t frames_epoch;
+
+/* A reset reaches no other thread's stack: each thread empties its own when it comes by next. */
+static void forget_frames_of_old(void) {
+    if (frames_epoch != state.epoch) {
+        frames_epoch = state.epoch;
+        n_frames = 0;
+    }
+}
 
 int current_device(void) {
+    forget_frames_of_old();
     if (n_frames == 0 || frames[n_frames - 1].device < 0) {
         return -1;
     }
@@ -167,6 +177,7 @@ static CUresult frame_for(CUcontext context, struct Frame *frame) {
 
 CUresult context_set(CUcontext context) {
     struct Frame frame;
+    forget_frames_of_old();
     CUresult result = frame_for(context, &frame);
     if (result == CUDA_SUCCESS) {
         n_frames = n_frames == 0 ? 1 : n_frames;
@@ -177,6 +188,7 @@ CUresult context_set(CUcontext context) {
 
 CUresult context_push(CUcontext context) {
     struct Frame frame;
+    forget_frames_of_old();
     if (context == NULL || n_frames == MAX_FRAMES) {
         return broken(RULE_VALUE, context == NULL ? "no context" : "%d contexts are pushed already", MAX_FRAMES);
     }

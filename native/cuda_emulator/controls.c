@@ -17,7 +17,18 @@ enum Count { HANDLES, MAPPINGS, RESERVATIONS, STREAMS, EVENTS, CONTEXTS, VIOLATI
 
 /* Bumped whenever a signature or its meaning changes; the Python side refuses any other number. */
 EXPORTED int vmem_emulator_abi(void) {
-    return 1;
+    return 2;
+}
+
+/* Let calls be found and do something. Refused beside an NVIDIA device: the library stays inert there. */
+EXPORTED int vmem_emulator_activate(void) {
+    if (in_forked_child()) {
+        return FORKED;
+    }
+    (void)pthread_mutex_lock(&state.lock);
+    state.active = !state.real_device;
+    (void)pthread_mutex_unlock(&state.lock);
+    return state.active ? 0 : BAD_VALUE;
 }
 
 /* A control's hold on the lock; a forked child has none. */
@@ -231,6 +242,19 @@ EXPORTED int vmem_emulator_hold(uint64_t id, int device, int held) {
     }
     stream->held = held != 0;
     streams_pump();
+    return unlock(0);
+}
+
+/* Let a stream begin or end to capture. What is queued meanwhile goes into a graph that nobody launches. */
+EXPORTED int vmem_emulator_capture(uint64_t id, int device, int on) {
+    if (!lock()) {
+        return FORKED;
+    }
+    struct Stream *stream = any_stream(id, device);
+    if (stream == NULL) {
+        return unlock(BAD_VALUE);
+    }
+    stream->capturing = on != 0;
     return unlock(0);
 }
 

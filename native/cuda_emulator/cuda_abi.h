@@ -28,6 +28,8 @@ typedef struct Device *CUcontext; /* the primary context of that device; there a
     X(ERROR_INVALID_DEVICE, 101, "invalid device ordinal")                                                             \
     X(ERROR_INVALID_CONTEXT, 201, "invalid device context")                                                            \
     X(ERROR_ECC_UNCORRECTABLE, 214, "uncorrectable memory error")                                                      \
+    X(ERROR_PEER_ACCESS_UNSUPPORTED, 217, "devices cannot reach each other's memory")                                  \
+    X(ERROR_CONTAINED, 226, "a contained memory error")                                                                \
     X(ERROR_OPERATING_SYSTEM, 304, "the operating system refused a call")                                              \
     X(ERROR_INVALID_HANDLE, 400, "invalid resource handle")                                                            \
     X(ERROR_ILLEGAL_STATE, 401, "a resource is not in the right state")                                                \
@@ -36,9 +38,18 @@ typedef struct Device *CUcontext; /* the primary context of that device; there a
     X(ERROR_ILLEGAL_ADDRESS, 700, "an illegal address was touched")                                                    \
     X(ERROR_LAUNCH_TIMEOUT, 702, "a launch ran too long")                                                              \
     X(ERROR_CONTEXT_IS_DESTROYED, 709, "the context is destroyed")                                                     \
+    X(ERROR_ILLEGAL_INSTRUCTION, 715, "an illegal instruction was met")                                                \
+    X(ERROR_MISALIGNED_ADDRESS, 716, "a misaligned address was touched")                                               \
     X(ERROR_LAUNCH_FAILED, 719, "a launch failed")                                                                     \
+    X(ERROR_TENSOR_MEMORY_LEAK, 721, "a kernel left tensor memory behind")                                             \
     X(ERROR_NOT_PERMITTED, 800, "not permitted")                                                                       \
     X(ERROR_NOT_SUPPORTED, 801, "not supported")                                                                       \
+    X(ERROR_SYSTEM_NOT_READY, 802, "the system is not ready")                                                          \
+    X(ERROR_MPS_CLIENT_TERMINATED, 810, "the MPS client was terminated")                                               \
+    X(ERROR_STREAM_CAPTURE_UNSUPPORTED, 900, "not permitted while a stream is capturing")                              \
+    X(ERROR_STREAM_CAPTURE_IMPLICIT, 906, "a capturing stream and the default stream would wait for each other")       \
+    X(ERROR_CAPTURED_EVENT, 907, "the event was last recorded in a capturing stream")                                  \
+    X(ERROR_EXTERNAL_DEVICE, 911, "an error of an external device")                                                    \
     X(ERROR_UNKNOWN, 999, "unknown error")
 
 typedef enum {
@@ -51,6 +62,8 @@ enum { MEM_ALLOCATION_TYPE_PINNED = 1, MEM_LOCATION_TYPE_DEVICE = 1 };
 enum { MEM_ACCESS_NONE = 0, MEM_ACCESS_READ = 1, MEM_ACCESS_READWRITE = 3 };
 enum { STREAM_NON_BLOCKING = 1, STREAM_LEGACY = 1, STREAM_PER_THREAD = 2 };
 enum { EVENT_DISABLE_TIMING = 2, EVENT_INTERPROCESS = 4, EVENT_FLAGS = 7 };
+enum { CAPTURE_NONE = 0, CAPTURE_ACTIVE = 1 };
+enum { CAPTURE_MODE_GLOBAL = 0, CAPTURE_MODE_RELAXED = 2 };
 enum { PROC_ADDRESS_SUCCESS = 0, PROC_ADDRESS_SYMBOL_NOT_FOUND = 1 };
 
 typedef struct {

@@ -29,6 +29,7 @@ enum Needs {
     NOTHING = 0,
     TEXT = OUTLIVES_STICKY, /* constants: no state of a device shows in them */
     INIT = NEEDS_INIT,
+    BOOKS = INIT | OUTLIVES_STICKY, /* which context is current: no work of a device shows in it */
     CONTEXT = INIT | NEEDS_CONTEXT,
     VIRTUAL_INIT = INIT | NEEDS_VIRTUAL_MEMORY,
     VIRTUAL = CONTEXT | NEEDS_VIRTUAL_MEMORY,
@@ -50,10 +51,10 @@ enum Needs {
     X(cuDevicePrimaryCtxRetain, INIT)                                                                                  \
     X(cuDevicePrimaryCtxRelease, INIT)                                                                                 \
     X(cuDevicePrimaryCtxGetState, INIT)                                                                                \
-    X(cuCtxGetCurrent, INIT)                                                                                           \
-    X(cuCtxSetCurrent, INIT)                                                                                           \
-    X(cuCtxPushCurrent, INIT)                                                                                          \
-    X(cuCtxPopCurrent, INIT)                                                                                           \
+    X(cuCtxGetCurrent, BOOKS)                                                                                          \
+    X(cuCtxSetCurrent, BOOKS)                                                                                          \
+    X(cuCtxPushCurrent, BOOKS)                                                                                         \
+    X(cuCtxPopCurrent, BOOKS)                                                                                          \
     X(cuCtxGetDevice, CONTEXT)                                                                                         \
     X(cuCtxSynchronize, CONTEXT)                                                                                       \
     X(cuCtxGetStreamPriorityRange, CONTEXT)                                                                            \
@@ -92,7 +93,9 @@ enum Needs {
     X(cuEventDestroy, CONTEXT)                                                                                         \
     X(cuEventRecord, CONTEXT)                                                                                          \
     X(cuEventQuery, INIT)                                                                                              \
-    X(cuEventSynchronize, INIT)
+    X(cuEventSynchronize, INIT)                                                                                        \
+    X(cuEventElapsedTime, INIT)                                                                                        \
+    X(cuThreadExchangeStreamCaptureMode, BOOKS)
 
 enum Call {
 #define X(name, needs) CALL_##name,
@@ -116,6 +119,7 @@ struct Table {
 struct Mark {
     int n_owners;
     bool done;
+    uint64_t done_ns; /* when, by a clock that never goes back */
 };
 
 struct Stream {
@@ -124,6 +128,7 @@ struct Stream {
     int device;
     bool blocking; /* takes turns with the default stream */
     bool held;
+    bool capturing; /* work goes into a graph that nobody launches */
     bool destroyed; /* goes when its last work is done */
     struct Work *first, *last;
 };
@@ -149,6 +154,7 @@ struct State {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* some work is done, or everything is over */
     uint64_t epoch;         /* counts resets */
+    bool active;            /* somebody asked for the emulator, and did not merely load a library */
     bool real_device;       /* one was found when the library was loaded */
     bool planted_device;    /* one was found where a test told us to look */
     bool initialized;
@@ -240,7 +246,9 @@ CUresult event_create(CUevent *event, unsigned flags);
 CUresult event_destroy(CUevent event);
 CUresult event_record(CUevent event, CUstream stream);
 CUresult event_query(CUevent event);
-CUresult event_synchronize(CUevent event);                                      /* gives the lock up while it waits */
+CUresult event_synchronize(CUevent event); /* gives the lock up while it waits */
+CUresult event_elapsed(float *milliseconds, CUevent start, CUevent end);
+CUresult capture_mode_exchange(int *mode);
 struct Stream *stream_of(uint64_t id, int device);                              /* NULL for one that is not live */
 void stream_queue_use(struct Stream *stream, uint64_t address, size_t n_bytes); /* as a kernel would: for tests */
 void streams_pump(void);                                                        /* run what may run now */

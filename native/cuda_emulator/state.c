@@ -54,7 +54,11 @@ void state_init(void) {
 }
 
 bool looks_like_real_device(const char *root) {
-    static const char *const signs[] = {"dev/nvidiactl", "dev/nvidia0", "proc/driver/nvidia"};
+    static const char *const signs[] = {
+        "dev/nvidiactl",  "dev/nvidia0", "proc/driver/nvidia", /* discrete cards */
+        "dev/dxg",                                             /* Windows' devices under WSL2 */
+        "dev/nvhost-gpu", "dev/nvgpu",                         /* Jetson */
+    };
     for (size_t i = 0; i < sizeof signs / sizeof *signs; i++) {
         char path[4096];
         if (snprintf(path, sizeof path, "%s/%s", root, signs[i]) < (int)sizeof path && access(path, F_OK) == 0) {

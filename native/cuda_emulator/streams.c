@@ -5,8 +5,10 @@
  * stream and the blocking streams of a context by whatever was queued before it. Work reads and writes host memory
  * when it runs, never earlier.
  */
+#define _GNU_SOURCE
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "emulator.h"
 
@@ -26,6 +28,8 @@ struct Work {
 struct Event {
     uint64_t id;
     int device;
+    bool timed;
+    bool captured;     /* recorded last in a capturing stream: a node of a graph, which never happens */
     struct Mark *mark; /* NULL until it is recorded */
 };
 
@@ -60,6 +64,12 @@ static bool may_run(const struct Stream *stream) {
     return true;
 }
 
+static uint64_t now_ns(void) {
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * UINT64_C(1000000000) + (uint64_t)now.tv_nsec;
+}
+
 static void run(const struct Work *work) {
     char *target = (char *)(uintptr_t)work->target;
     switch (work->kind) {
@@ -76,6 +86,7 @@ static void run(const struct Work *work) {
         break;
     case WORK_RECORD:
         work->mark->done = true;
+        work->mark->done_ns = now_ns();
         break;
     case WORK_USE:
     case WORK_WAIT:
@@ -122,6 +133,10 @@ void streams_pump(void) {
 }
 
 static void queue(struct Stream *stream, struct Work work) {
+    if (stream->capturing) { /* graphs are not emulated: what goes into one is forgotten */
+        mark_drop(work.mark);
+        return;
+    }
     struct Work *queued = allocated(sizeof *queued);
     *queued = work;
     queued->sequence = ++state.sequence;
@@ -158,7 +173,7 @@ struct Stream *stream_of(uint64_t id, int device) {
     return add_stream(device, true); /* the default stream, at its first use */
 }
 
-/* The stream, if it belongs to the current context. */
+/* The stream, if it is live and belongs to the current context. */
 static CUresult stream_checked(CUstream id, struct Stream **stream) {
     if (id == STREAM_PER_THREAD) {
         return CUDA_ERROR_NOT_SUPPORTED;
@@ -191,9 +206,17 @@ CUresult stream_destroy(CUstream id) {
     return CUDA_SUCCESS;
 }
 
+/* Nobody waits for a graph that is being written, nor asks how far it is. */
+static CUresult not_capturing(const struct Stream *stream) {
+    return stream->capturing ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
+}
+
 CUresult stream_query(CUstream id) {
     struct Stream *stream;
     CUresult result = stream_checked(id, &stream);
+    if (result == CUDA_SUCCESS) {
+        result = not_capturing(stream);
+    }
     if (result != CUDA_SUCCESS) {
         return result;
     }
@@ -235,6 +258,9 @@ static CUresult wait_for_work(int device, const struct Stream *stream) {
 CUresult stream_synchronize(CUstream id) {
     struct Stream *stream;
     CUresult result = stream_checked(id, &stream);
+    if (result == CUDA_SUCCESS) {
+        result = not_capturing(stream);
+    }
     return result != CUDA_SUCCESS ? result : wait_for_work(stream->device, stream);
 }
 
@@ -247,8 +273,29 @@ CUresult stream_is_capturing(CUstream id, int *status) {
     if (status == NULL) {
         return broken(RULE_VALUE, "no room for the status");
     }
-    *status = 0; /* graphs are not emulated */
-    return stream_checked(id, &stream);
+    *status = CAPTURE_NONE;
+    CUresult result = stream_checked(id, &stream);
+    if (result != CUDA_SUCCESS) {
+        return result;
+    }
+    for (const struct Stream *other = state.all_streams; other != NULL; other = other->next) {
+        if (stream->id == 0 && other->capturing && taking_turns(stream, other)) {
+            return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+        }
+    }
+    *status = stream->capturing ? CAPTURE_ACTIVE : CAPTURE_NONE;
+    return CUDA_SUCCESS;
+}
+
+CUresult capture_mode_exchange(int *mode) {
+    static _Thread_local int of_this_thread = CAPTURE_MODE_GLOBAL;
+    if (mode == NULL || *mode < CAPTURE_MODE_GLOBAL || *mode > CAPTURE_MODE_RELAXED) {
+        return broken(RULE_VALUE, "no known capture mode");
+    }
+    int before = of_this_thread;
+    of_this_thread = *mode;
+    *mode = before;
+    return CUDA_SUCCESS;
 }
 
 /* ---- fills and copies ---- */
@@ -334,6 +381,7 @@ CUresult event_create(CUevent *event, unsigned flags) {
     }
     struct Event *created = allocated(sizeof *created);
     created->device = current_device();
+    created->timed = (flags & EVENT_DISABLE_TIMING) == 0;
     created->id = table_add(&state.events, created);
     *event = created->id;
     return CUDA_SUCCESS;
@@ -365,6 +413,11 @@ CUresult event_record(CUevent id, CUstream stream_id) {
         return broken(RULE_RESOURCE, "the event belongs to device %d, the stream to %d", event->device, stream->device);
     }
     mark_drop(event->mark);
+    event->mark = NULL;
+    event->captured = stream->capturing;
+    if (event->captured) {
+        return CUDA_SUCCESS;
+    }
     event->mark = allocated(sizeof *event->mark);
     event->mark->n_owners = 1;
     queue(stream, (struct Work){.kind = WORK_RECORD, .mark = mark_share(event->mark)});
@@ -374,8 +427,8 @@ CUresult event_record(CUevent id, CUstream stream_id) {
 CUresult event_query(CUevent id) {
     struct Event *event;
     CUresult result = event_checked(id, &event);
-    if (result != CUDA_SUCCESS) {
-        return result;
+    if (result != CUDA_SUCCESS || event->captured) {
+        return result != CUDA_SUCCESS ? result : CUDA_ERROR_CAPTURED_EVENT;
     }
     return event->mark == NULL || event->mark->done ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
 }
@@ -383,6 +436,9 @@ CUresult event_query(CUevent id) {
 CUresult event_synchronize(CUevent id) {
     struct Event *event;
     CUresult result = event_checked(id, &event);
+    if (result == CUDA_SUCCESS && event->captured) {
+        result = CUDA_ERROR_CAPTURED_EVENT;
+    }
     if (result != CUDA_SUCCESS || event->mark == NULL) {
         return result;
     }
@@ -395,6 +451,37 @@ CUresult event_synchronize(CUevent id) {
     return result;
 }
 
+/* An event with a time, recorded in a stream that runs. */
+static CUresult timed_event_checked(CUevent id, struct Event **event) {
+    CUresult result = event_checked(id, event);
+    if (result == CUDA_SUCCESS && (*event)->captured) {
+        return CUDA_ERROR_CAPTURED_EVENT;
+    }
+    if (result == CUDA_SUCCESS && (!(*event)->timed || (*event)->mark == NULL)) {
+        return broken(RULE_RESOURCE, "%#llx was made without timing, or never recorded", (unsigned long long)id);
+    }
+    return result;
+}
+
+CUresult event_elapsed(float *milliseconds, CUevent start_id, CUevent end_id) {
+    struct Event *start, *end;
+    if (milliseconds == NULL) {
+        return broken(RULE_VALUE, "no room for the time");
+    }
+    CUresult result = timed_event_checked(start_id, &start);
+    if (result == CUDA_SUCCESS) {
+        result = timed_event_checked(end_id, &end);
+    }
+    if (result != CUDA_SUCCESS) {
+        return result;
+    }
+    if (!start->mark->done || !end->mark->done) {
+        return CUDA_ERROR_NOT_READY;
+    }
+    *milliseconds = (float)((double)(int64_t)(end->mark->done_ns - start->mark->done_ns) / 1e6);
+    return CUDA_SUCCESS;
+}
+
 CUresult stream_wait_event(CUstream stream_id, CUevent id, unsigned flags) {
     struct Stream *stream;
     struct Event *event;
@@ -404,6 +491,9 @@ CUresult stream_wait_event(CUstream stream_id, CUevent id, unsigned flags) {
     CUresult result = stream_checked(stream_id, &stream);
     if (result == CUDA_SUCCESS) {
         result = event_checked(id, &event);
+    }
+    if (result == CUDA_SUCCESS && event->captured && !stream->capturing) {
+        return CUDA_ERROR_NOT_SUPPORTED; /* it would make the stream capture as well */
     }
     if (result == CUDA_SUCCESS && event->mark != NULL) {
         queue(stream, (struct Work){.kind = WORK_WAIT, .mark = mark_share(event->mark)});

@@ -1,4 +1,7 @@
-"""The signatures of the real operators, written down from the versions that are named, and calls held against them."""
+"""The signatures of the real operators, written down from the versions that are named, and calls held against them.
+
+Each says where it was read. tests/gpu/test_signatures.py compares them with the packages where these are installed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ ATEN_2_11_POSITIONAL = (
 ATEN_2_11_KEYWORD = ("scale", "window_size_left", "window_size_right", "seqused_k", "alibi_slopes")
 
 
-# flash-attn 2.7 and 2.8, flash_attn/flash_attn_interface.py; 2.8 appends `zero_tensors`.
+# github.com/Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py `_flash_attn_varlen_forward`, flash-attn 2.7
+# and 2.8; 2.8 appends `zero_tensors`.
 def flash_attn_varlen_forward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
     window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
@@ -25,7 +29,8 @@ def flash_attn_varlen_forward(
     raise NotImplementedError
 
 
-# flash-attn 2.7 and 2.8, flash_attn/flash_attn_interface.py.
+# github.com/Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py `flash_attn_with_kvcache`, flash-attn 2.7 and
+# 2.8: the same in both.
 def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
@@ -34,7 +39,8 @@ def flash_attn_with_kvcache(
     raise NotImplementedError
 
 
-# fa3-fwd 0.0.3, fa3_fwd_interface.py; and flash-attn-3, hopper/flash_attn_interface.py at 01afd16d: the same.
+# PyPI's wheel fa3-fwd 0.0.3, fa3_fwd_interface.py `flash_attn_with_kvcache`; and flash-attn-3,
+# github.com/Dao-AILab/flash-attention, hopper/flash_attn_interface.py at commit 01afd16d: the same in both.
 def fa3_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
     cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,

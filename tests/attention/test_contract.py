@@ -14,9 +14,11 @@ import vmem_kv.attention
 from tests.core.subprocesses import output_of
 from vmem_kv.attention.base import Attend, AttentionSpec, Availability, Kernel
 from vmem_kv.attention.choose import all_kernels, choose, explain
+from vmem_kv.attention.fa3 import BUILDS, Fa3
 from vmem_kv.attention.sdpa import Sdpa
 from vmem_kv.errors import ConfigError, UsageError
 from vmem_kv.tensors import SlotKV
+from vmem_kv.testing.attention_ops import fa3_with_kvcache
 
 from .harness import MIXES, SPAN, Seq, make_case, spec
 
@@ -29,7 +31,13 @@ from .harness import MIXES, SPAN, Seq, make_case, spec
         ({"n_q_heads": 5}, "5 query heads cannot be shared out among 2"),
         ({"window": 0}, "at least 1 token"),
         ({"window": 3, "is_causal": False}, "causal"),
-        ({"softcap": 0.0}, "above 0"),
+        ({"softcap": 0.0}, "softcap is 0.0; it must be finite and above 0"),
+        ({"softcap": float("nan")}, "softcap is nan"),
+        ({"softcap": float("inf")}, "softcap is inf"),
+        ({"scale": 0.0}, "scale is 0.0; it must be finite and above 0"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"scale": float("inf")}, "scale is inf"),
     ],
 )
 def test_specs_that_contradict_themselves_are_refused(change: dict[str, Any], message: str) -> None:
@@ -76,6 +84,7 @@ class Fake(Kernel):
 
     def __init__(self, name: str, *, is_available: bool = True, lack: str = "", slack: int = 0) -> None:
         self.name = name  # type: ignore[misc]
+        self.has_slack = slack > 0  # type: ignore[misc]
         self._is_available, self._lack, self._slack = is_available, lack, slack
 
     def availability(self, device: torch.device) -> Availability:
@@ -91,6 +100,10 @@ class Fake(Kernel):
         return Sdpa().build(spec)
 
 
+TOO_MUCH_SLACK = (
+    "loads up to 175 tokens behind a sequence, and only 10 will be mapped: map and fill that many and pass"
+    " max_slack_tokens=175"
+)
 FAKES = (
     Fake("gone", is_available=False),
     Fake("lacking", lack="sliding window"),
@@ -101,14 +114,14 @@ FAKES = (
 
 
 def test_auto_takes_the_first_that_can_and_says_why_not_the_others() -> None:
-    assert choose("auto", spec(), "cpu", kernels=FAKES).name == "greedy"
+    assert choose("auto", spec(), "cpu", kernels=FAKES).name == "modest"  # nobody said that slack would be mapped
     assert choose("auto", spec(), "cpu", kernels=FAKES, max_slack_tokens=175).name == "greedy"
     assert choose("auto", spec(), "cpu", kernels=FAKES, max_slack_tokens=174).name == "modest"
     verdicts = explain("cpu", spec(), kernels=FAKES, max_slack_tokens=10)
     assert [(v.name, v.is_usable, v.is_chosen, v.slack_tokens, v.why) for v in verdicts] == [
         ("gone", False, False, 0, "not here"),
         ("lacking", False, False, 0, "it has no sliding window"),
-        ("greedy", False, False, 0, "it loads up to 175 tokens behind a sequence, and only 10 will be mapped"),
+        ("greedy", False, False, 0, f"it {TOO_MUCH_SLACK}"),
         ("modest", True, True, 0, "here"),
         ("slow", True, False, 0, "here"),
     ]
@@ -143,7 +156,33 @@ def test_where_none_can_all_reasons_are_given() -> None:
 
 
 def test_the_slack_of_the_chosen_kernel_is_known() -> None:
-    assert choose("greedy", spec(), "cpu", kernels=FAKES).slack_tokens == 175
+    assert choose("greedy", spec(), "cpu", kernels=FAKES, max_slack_tokens=175).slack_tokens == 175
+    with pytest.raises(ConfigError, match=r"only 0 will be mapped: .* pass max_slack_tokens=175"):
+        choose("greedy", spec(), "cpu", kernels=FAKES)
+
+
+def test_without_a_spec_auto_takes_no_kernel_that_will_need_slack() -> None:
+    verdicts = explain("cpu", kernels=FAKES[2:])
+    assert [(v.name, v.is_usable, v.is_chosen) for v in verdicts] == [
+        ("greedy", True, False),
+        ("modest", True, True),
+        ("slow", True, False),
+    ]
+    assert verdicts[0].why == "here; auto takes it where max_slack_tokens is given"
+    assert explain("cpu", kernels=FAKES[2:], max_slack_tokens=200)[0].is_chosen
+
+
+def test_fa3_is_not_chosen_over_slack_that_nobody_mapped() -> None:
+    """What lies behind the sequences is NaN here; an unmapped page on a device."""
+    asked = spec(head_dim=128)
+    case = make_case(asked, [Seq(1, 100, 0), Seq(1, 600, 1)])
+    kernels = (Fa3(fa3_with_kvcache, BUILDS[0]), Sdpa())
+    assert kernels[0].bind(asked, "cpu")(*case.arguments).isnan().any()
+    kernel = choose("auto", asked, "cpu", kernels=kernels)
+    assert (kernel.name, kernel.slack_tokens) == ("sdpa", 0)
+    assert kernel(*case.arguments).isfinite().all()
+    assert choose("auto", asked, "cpu", kernels=kernels, max_slack_tokens=175).name == "fa3"
+    assert [v.is_chosen for v in explain("cpu", kernels=kernels)] == [False, True]
 
 
 def test_on_the_cpu_auto_is_sdpa_and_the_others_say_what_they_need() -> None:
@@ -173,19 +212,9 @@ def test_a_batch_on_another_device_is_refused() -> None:
         Sdpa().bind(ASKED, "cpu")(case.query, case.kv, elsewhere)
 
 
-def test_optional_packages_are_imported_when_bound_only() -> None:
-    code = """
-        import sys
-        from vmem_kv.attention.choose import choose, explain
-        explain("cpu")
-        print(sorted({m.split(".")[0] for m in sys.modules} & {"flash_attn", "fa3_fwd_interface", "transformers"}))
-        """
-    assert output_of(code) == "[]"
-
-
 def test_kernels_import_nothing_optional_by_name() -> None:
     allowed = {"torch", "vmem_kv", "__future__", "abc", "collections", "dataclasses", "functools", "importlib"}
-    allowed |= {"itertools", "math", "typing"}
+    allowed |= {"itertools", "math", "operator", "re", "sys", "typing"}
     for path in Path(vmem_kv.attention.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

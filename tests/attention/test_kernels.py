@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from vmem_kv.attention.base import AttentionSpec, BoundKernel, Kernel
+from vmem_kv.attention.batch import RaggedBatch
 from vmem_kv.attention.fa3 import BUILDS, Fa3
 from vmem_kv.attention.flash_attn import FlashAttn, FlashAttnOperators
 from vmem_kv.attention.sdpa import Sdpa
 from vmem_kv.attention.torch_flash import TorchFlash
-from vmem_kv.errors import ConfigError
+from vmem_kv.errors import ConfigError, UsageError
+from vmem_kv.tensors import SlotKV
 from vmem_kv.testing import attention_ops as ops
 
 from . import signatures
@@ -50,6 +52,11 @@ def rig(name: str) -> Rig:
         "fa3": Rig(Fa3(recorders["fa3"], full), recorders, all_options),
         "fa3_fwd": Rig(Fa3(recorders["fa3"], forward_only), recorders, PLAIN | {"softcap": SOFTCAP}),
     }[name]
+
+
+def parts_of(case: Case) -> list[RaggedBatch]:
+    """The batches that an adapter of FlashAttention-2 calls its operators with."""
+    return [part.batch for part in case.batch.parts] or [case.batch]
 
 
 ADAPTERS = ["torch_flash", "flash_attn", "fa3", "fa3_fwd"]
@@ -131,18 +138,18 @@ def test_torchs_operator_is_called_as_both_schemas_say(mix: str, window: int | N
     kernel, recorders, _ = rig("torch_flash")
     asked = spec(window=window)
     case = against_sdpa(kernel, asked, MIXES[mix])
-    (call,) = recorders["aten"].calls
-    assert output_shape_by_torch(call) == case.query.shape
-    given = bind_aten(call)
-    assert given["key"] is case.kv.keys
-    assert given["value"] is case.kv.values
-    assert given["cum_seq_q"] is case.batch.query_starts
-    assert given["cum_seq_k"] is case.batch.slot_starts
-    assert given["seqused_k"] is case.batch.lengths
-    assert (given["max_q"], given["max_k"]) == (case.batch.max_query_tokens, case.batch.max_length)
-    assert (given["scale"], given["is_causal"], given["dropout_p"]) == (asked.scale, True, 0.0)
-    edges = (None, None) if window is None else (23, 0)
-    assert (given["window_size_left"], given["window_size_right"]) == edges
+    for call, batch in zip(recorders["aten"].calls, parts_of(case), strict=True):
+        given = bind_aten(call)
+        assert output_shape_by_torch(call) == given["query"].shape
+        assert given["key"] is case.kv.keys
+        assert given["value"] is case.kv.values
+        assert given["cum_seq_q"] is batch.query_starts
+        assert given["cum_seq_k"] is batch.slot_starts
+        assert given["seqused_k"] is batch.lengths
+        assert (given["max_q"], given["max_k"]) == (batch.max_query_tokens, batch.max_length)
+        assert (given["scale"], given["is_causal"], given["dropout_p"]) == (asked.scale, True, 0.0)
+        edges = (23, 0) if window and batch.max_length > window else (None, None)
+        assert (given["window_size_left"], given["window_size_right"]) == edges
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -151,22 +158,83 @@ def test_flash_attn_decodes_by_slot_and_does_the_rest_packed(mix: str) -> None:
     case = against_sdpa(kernel, spec(window=24, softcap=2.5), MIXES[mix])
     by_slot = recorders["slots"].bound(signatures.flash_attn_with_kvcache)
     packed = recorders["varlen"].bound(signatures.flash_attn_varlen_forward)
-    is_decode = all(s.n_queries <= 1 and s.offset == 0 for s in MIXES[mix])
-    assert (len(by_slot), len(packed)) == ((1, 0) if is_decode else (0, 1))
-    if is_decode:
-        given = by_slot[0]
-        # The kernel splits its work by the second size: the longest length, never the slot's span.
-        assert given["k_cache"].shape[:2] == given["v_cache"].shape[:2] == (8, case.batch.max_length)
-        assert given["k_cache"].data_ptr() == case.kv.keys.data_ptr()
-        assert given["cache_seqlens"] is case.batch.lengths
-        assert given["cache_batch_idx"] is case.batch.slot_indices
-        assert (given["window_size"], given["softcap"], given["softmax_scale"]) == ((23, 0), 2.5, 0.11)
+    for batch in parts_of(case):
+        window = (23, 0) if batch.max_length > 24 else (-1, -1)
+        if batch.max_query_tokens == 1:
+            given = by_slot.pop()
+            # The kernel splits its work by the second size: the longest slot's end, never the slot's span.
+            assert given["k_cache"].shape[:2] == given["v_cache"].shape[:2] == (8, batch.max_slot_end)
+            assert given["k_cache"].data_ptr() == case.kv.keys.data_ptr()
+            assert given["cache_seqlens"] is batch.slot_ends
+            assert given["cache_batch_idx"] is batch.slot_indices
+            assert given["cache_leftpad"] is (None if batch.starts_at_base else batch.slot_offsets)
+            assert (given["window_size"], given["softcap"], given["softmax_scale"]) == (window, 2.5, 0.11)
+        else:
+            given = packed.pop()
+            assert given["k"] is case.kv.keys
+            assert given["seqused_k"] is batch.lengths
+            assert (given["window_size_left"], given["window_size_right"], given["softcap"]) == (*window, 2.5)
+            assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (batch.max_query_tokens, batch.max_length)
+    assert (by_slot, packed) == ([], [])
+
+
+@pytest.mark.parametrize("adapter", ["torch_flash", "flash_attn"])
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [Seq(5, 9, 1), Seq(3, 30, 4), Seq(1, 33, 0), Seq(1, 7, 2)],  # neighbours: seen in place
+        [Seq(1, 33, 0), Seq(5, 9, 1), Seq(1, 7, 2), Seq(3, 30, 4)],  # in turns: gathered and scattered
+        [Seq(1, 33, 0), Seq(5, 9, 1), Seq(3, 30, 4), Seq(1, 7, 2)],  # prefill in place, decode gathered
+    ],
+)
+def test_decode_beside_prefill_is_called_as_decode(adapter: str, sequences: list[Seq]) -> None:
+    """With one call for both, no decode would be split over its keys: these operators go by the longest queries."""
+    kernel, recorders, _ = rig(adapter)
+    case = against_sdpa(kernel, spec(), sequences)
+    prefill, decode = parts_of(case)
+    assert (prefill.max_query_tokens, prefill.max_length, prefill.n_tokens) == (5, 30, 8)
+    assert (decode.max_query_tokens, decode.max_length, decode.n_tokens) == (1, 33, 2)
+    calls = [call for recorder in recorders.values() for call in recorder.calls]
+    assert sorted(call.arguments[0].numel() for call in calls) == [2 * 4 * 64, 8 * 4 * 64]
+
+
+@pytest.mark.parametrize("adapter", ["torch_flash", "flash_attn", "fa3"])
+@pytest.mark.parametrize(("window", "is_passed"), [(39, True), (40, False), (4096, False)])
+def test_a_window_as_long_as_the_longest_sequence_is_none(adapter: str, window: int, is_passed: bool) -> None:
+    kernel, recorders, _ = rig(adapter)
+    against_sdpa(kernel, spec(window=window), [Seq(1, 40, 0), Seq(1, 7, 2)])
+    (call,) = [call for recorder in recorders.values() for call in recorder.calls]
+    passed = call.keywords.get("window_size", (call.keywords.get("window_size_left"),))[0]
+    assert passed == (38 if is_passed else None if adapter == "torch_flash" else -1)
+
+
+def off(rows: torch.Tensor, *, stride: int, address: int) -> torch.Tensor:
+    """The same rows, laid out with so many elements too many between tokens and before the first."""
+    n_rows, n_heads, dim = rows.shape
+    row = n_heads * dim + stride
+    buffer = torch.zeros(n_rows * row + address + 8, dtype=rows.dtype)
+    moved = buffer.as_strided((n_rows, n_heads, dim), (row, dim, 1), address)
+    return moved.copy_(rows)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("name", ["query", "keys", "values"])
+@pytest.mark.parametrize(("stride", "address"), [(4, 0), (0, 4), (0, 0), (8, 8)])
+def test_what_is_not_aligned_never_reaches_the_operator(adapter: str, name: str, stride: int, address: int) -> None:
+    """On hardware it ends in an error that stays."""
+    kernel, recorders, _ = rig(adapter)
+    asked = spec()
+    case = make_case(asked, [Seq(1, 9, 0)], slack_tokens=200)
+    tensors = {"query": case.query, "keys": case.kv.keys, "values": case.kv.values}
+    tensors[name] = off(tensors[name], stride=stride, address=address)
+    call = kernel.bind(asked, "cpu")
+    kv = SlotKV(tensors["keys"], tensors["values"], SPAN)
+    if stride % 8 or address % 8:
+        with pytest.raises(UsageError, match=f"{name} lie at .* multiples of 16 bytes"):
+            call(tensors["query"], kv, case.batch)
+        assert all(not recorder.calls for recorder in recorders.values())
     else:
-        given = packed[0]
-        assert given["k"] is case.kv.keys
-        assert given["seqused_k"] is case.batch.lengths
-        assert (given["window_size_left"], given["window_size_right"], given["softcap"]) == (23, 0, 2.5)
-        assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (case.batch.max_query_tokens, case.batch.max_length)
+        call(tensors["query"], kv, case.batch)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -218,6 +286,35 @@ def test_less_slack_than_fa3_declares_shows(head_dim: int, n_queries: int) -> No
 def test_declared_slack_covers_every_tile(head_dim: int, is_causal: bool, has_window: bool) -> None:
     tile = ops.fa3_tile_tokens(head_dim, is_causal=is_causal, has_window=has_window)
     assert Fa3(ops.fa3_with_kvcache).slack_tokens(spec(head_dim=head_dim)) >= tile - 1
+
+
+def test_slack_counts_the_tiles_of_larger_head_sizes() -> None:
+    """A build without kernels for sizes up to 96 runs those for 128, with tiles of 176 keys in place of 144."""
+    slack = [
+        Fa3(ops.fa3_with_kvcache).slack_tokens(spec(head_dim=head_dim)) for head_dim in (64, 80, 96, 128, 136, 256)
+    ]
+    assert slack == [191, 175, 175, 175, 127, 79]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_with_as_many_tokens_mapped_as_it_says_a_kernel_meets_no_hole(adapter: str) -> None:
+    """Mapping is stood in for by finite numbers, holes by NaN."""
+    asked = spec(head_dim=128)
+    kernel = bound(adapter, asked)
+    lengths = (100, 177, SPAN - 3, SPAN)
+    to_map = [kernel.tokens_to_map(length, SPAN) for length in lengths]
+    slack = 0 if kernel.slack_tokens == 0 else 175
+    assert to_map == [100 + slack, 177 + slack, SPAN if slack else SPAN - 3, SPAN]
+    sequences = [Seq(1, length, slot) for slot, length in enumerate(lengths)]
+    case = make_case(asked, sequences)
+    for (_, length, slot, _), n_mapped in zip(sequences, to_map, strict=True):
+        for rows in (case.kv.keys, case.kv.values):
+            rows[slot * SPAN + length : slot * SPAN + n_mapped] = 0.0
+    assert not kernel(*case.arguments).isnan().any()
+    assert kernel.tokens_to_map(0, SPAN) == 0
+    for n_tokens in (-1, SPAN + 1):
+        with pytest.raises(UsageError, match=f"{n_tokens} tokens do not fit into a slot of {SPAN}"):
+            kernel.tokens_to_map(n_tokens, SPAN)
 
 
 def test_fa3_loads_nothing_behind_the_longest_sequence() -> None:

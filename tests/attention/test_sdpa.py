@@ -8,8 +8,10 @@ import torch
 from vmem_kv.attention import sdpa
 from vmem_kv.attention.base import AttentionSpec
 from vmem_kv.attention.sdpa import Sdpa
+from vmem_kv.errors import UsageError
+from vmem_kv.tensors import SlotKV
 
-from .harness import MIXES, Seq, assert_same, build_batch, make_case, reference, spec
+from .harness import MIXES, SPAN, Seq, assert_same, build_batch, make_case, reference, spec
 
 EXTRAS = {
     "plain": {},
@@ -56,15 +58,15 @@ def test_values_of_another_size_than_keys(extras: str) -> None:
     check(asked, MIXES["mixed"])
 
 
-def test_more_query_heads_to_a_key_head_than_a_block_has_rows() -> None:
-    assert sdpa.BLOCK_ROWS < 300
+def test_more_query_heads_to_a_key_head_than_a_tile_has_rows() -> None:
+    assert sdpa.TILE_ROWS < 300
     check(spec(300, 1, 8, dtype=torch.float32), [Seq(3, 5, 1), Seq(1, 5, 0)])
 
 
 @pytest.mark.parametrize("n_queries", [63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("window", [None, 10, 64, 100])
 @pytest.mark.parametrize("softcap", [None, 2.5])
-def test_edges_of_blocks(n_queries: int, window: int | None, softcap: float | None) -> None:
+def test_edges_of_tiles(n_queries: int, window: int | None, softcap: float | None) -> None:
     asked = spec(4, 1, 8, dtype=torch.float32, window=window, softcap=softcap)
     check(asked, [Seq(n_queries, 130, 2, 5), Seq(2, 2, 0)])
 
@@ -113,10 +115,37 @@ def test_a_batch_is_planned_once_for_all_layers() -> None:
     assert kernel._plan(batch) is not kernel._plan(build_batch(MIXES["mixed"]))
 
 
-def test_a_batch_planned_in_inference_mode_serves_outside_of_it() -> None:
+@pytest.mark.parametrize("mix", ["mixed", "decode of long and short, any order"])
+def test_a_batch_planned_in_inference_mode_serves_outside_of_it(mix: str) -> None:
+    """A tensor made in inference mode cannot be used where gradients are recorded, so a plan must hold none."""
     asked = spec(dtype=torch.float32)
-    case = make_case(asked, MIXES["mixed"])
-    kernel = Sdpa().bind(asked, "cpu")
+    case = make_case(asked, MIXES[mix])
+    kernel = sdpa._Sdpa(asked)
     with torch.inference_mode():
         inferred = kernel(*case.arguments)
+        strided, gathered = kernel._plan(case.batch)
+    tensors = [call.mask for call in strided if call.mask is not None]
+    tensors += [tensor for call in gathered for tensor in (call.queries, call.rows, call.mask)]
+    assert tensors
+    assert not any(tensor.is_inference() for tensor in tensors)
     assert torch.equal(inferred, kernel(*case.arguments))
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+@pytest.mark.parametrize("stride", ["row", "head"])
+def test_strides_that_torchs_cuda_kernels_do_not_count_to_are_refused(name: str, stride: str) -> None:
+    """On tensors without data, in place of CUDA's."""
+    asked = spec(dtype=torch.float32)
+    batch = build_batch([Seq(1, 5, 1)])
+
+    def rows(n_elements: int) -> torch.Tensor:
+        strides = (n_elements, 64, 1) if stride == "row" else (64, n_elements, 1)
+        return torch.empty_strided((batch.n_rows, 2, 64), strides, device="meta")
+
+    query, good = torch.empty(1, 4, 64, device="meta"), rows(sdpa.MAX_STRIDE)
+    kernel = sdpa._Sdpa(asked)
+    assert kernel(query, SlotKV(good, good, SPAN), batch, None).shape == query.shape
+    bad = rows(sdpa.MAX_STRIDE + 1)
+    kv = SlotKV(bad, good, SPAN) if name == "keys" else SlotKV(good, bad, SPAN)
+    with pytest.raises(UsageError, match=f"{name} have rows .* use the layout per_layer"):
+        kernel(query, kv, batch, None)

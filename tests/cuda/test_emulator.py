@@ -15,7 +15,15 @@ from tests.cuda.machine import NONE, PAGE, READ, READ_WRITE, Machine, emulated_m
 from vmem_kv.errors import ConfigError, UsageError
 from vmem_kv.testing.emulator import NOTHING, SIGNS_OF_A_DEVICE, Live, find_emulator, load_emulator
 
-OUT_OF_MEMORY, NOT_INITIALIZED, STUB_LIBRARY, NO_DEVICE, INVALID_DEVICE = 2, 3, 34, 100, 101
+OUT_OF_MEMORY, NOT_INITIALIZED, DEINITIALIZED, STUB_LIBRARY, NO_DEVICE, INVALID_DEVICE, INVALID_CONTEXT = (
+    2,
+    3,
+    4,
+    34,
+    100,
+    101,
+    201,
+)
 ILLEGAL_ADDRESS, NOT_SUPPORTED = 700, 801
 PATTERN = b"\xa5"
 
@@ -42,6 +50,11 @@ def test_loading_twice_gives_the_same_driver(machine: Machine) -> None:
 def test_loading_what_was_not_built(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no emulated CUDA driver"):
         load_emulator(tmp_path / "nothing.so")
+
+
+def test_devices_of_every_make_have_a_sign() -> None:
+    cards, windows, jetson = {"dev/nvidiactl", "dev/nvidia0", "proc/driver/nvidia"}, {"dev/dxg"}, {"dev/nvhost-gpu"}
+    assert cards | windows | jetson | {"dev/nvgpu"} == set(SIGNS_OF_A_DEVICE)
 
 
 @pytest.mark.parametrize("sign", SIGNS_OF_A_DEVICE)
@@ -81,6 +94,77 @@ def test_another_libcuda_in_the_process(tmp_path: Path) -> None:
         except ConfigError as error:
             print(error)
     """).startswith("another libcuda.so.1 is loaded")
+
+
+def test_no_import_of_the_package_loads_the_emulator() -> None:
+    from tests.core.subprocesses import output_of
+
+    assert (
+        output_of("""
+        import ctypes, importlib, os, pkgutil, warnings
+        import vmem_kv
+        warnings.simplefilter("ignore")
+        found = []
+        names = [module.name for module in pkgutil.walk_packages(vmem_kv.__path__, "vmem_kv.")]
+        for name in names:
+            if not name.endswith("__main__"):
+                try:
+                    importlib.import_module(name)
+                    found.append(name)
+                except ImportError:
+                    assert name == "vmem_kv._host", name  # a library of functions, not a module
+        try:
+            ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+        except OSError:
+            print("none,", "vmem_kv.testing.emulator" in found, len(found) > 50)
+    """)
+        == "none, True True"
+    )
+
+
+def test_loaded_by_anyone_else_it_is_inert() -> None:
+    """As when something finds the file and loads it: cuda-python then finds a library that has nothing."""
+    from tests.core.subprocesses import output_of
+
+    assert (
+        output_of("""
+        import ctypes
+        from vmem_kv.testing.emulator import find_emulator, load_emulator
+        library = ctypes.CDLL(str(find_emulator()), mode=ctypes.RTLD_GLOBAL)
+        assert ctypes.CDLL("libcuda.so.1")._handle == library._handle
+
+        def look_up():
+            function, status = ctypes.c_void_p(), ctypes.c_int()
+            arguments = (b"cuInit", ctypes.byref(function), 13000, ctypes.c_uint64(0), ctypes.byref(status))
+            code = library.cuGetProcAddress_v2(*arguments)
+            return code, function.value
+
+        print(look_up())
+        load_emulator()
+        code, init = look_up()
+        print(code, ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint)(init)(0))
+        """)
+        == f"({STUB_LIBRARY}, None)\n0 0"
+    )
+
+
+def test_inert_cuda_python_has_no_calls() -> None:
+    from tests.core.subprocesses import output_of
+
+    assert (
+        output_of("""
+        import ctypes
+        from vmem_kv.testing.emulator import find_emulator
+        ctypes.CDLL(str(find_emulator()), mode=ctypes.RTLD_GLOBAL)
+        from cuda.bindings import driver
+        try:
+            print(driver.cuInit(0))
+        except RuntimeError as error:
+            print("no call:", error)
+        """)
+        .lower()
+        .startswith("no call:")
+    )
 
 
 def test_only_the_look_up_and_the_controls_are_exported(machine: Machine) -> None:
@@ -476,10 +560,71 @@ def test_a_sticky_error_ends_everything(machine: Machine) -> None:
     assert machine.code(d.cuMemUnmap(base, PAGE)) == ILLEGAL_ADDRESS
     for answer in (d.cuMemGetInfo(), d.cuInit(0), d.cuCtxSynchronize(), d.cuMemUnmap(base, PAGE), d.cuEventQuery(0)):
         assert machine.code(answer) == ILLEGAL_ADDRESS
+    with_names = (715, 716, 217, 802, 226, 721, 810, 911, 906, 907)
+    for code in with_names:
+        result = d.CUresult(code)
+        assert machine.ok(d.cuGetErrorName(result)).decode() == result.name
     machine.ok(d.cuDriverGetVersion())
     machine.ok(d.cuGetErrorName(d.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS))
     machine.emulator.make_sticky(0)
     machine.ok(d.cuMemUnmap(base, PAGE))
+
+
+def test_which_context_is_current_does_not_depend_on_the_work(machine: Machine) -> None:
+    """So a caller that pushed a context can pop it whatever happened meanwhile."""
+    d, ok = machine.d, machine.ok
+    zero, one = ok(d.cuCtxGetCurrent()), ok(d.cuDevicePrimaryCtxRetain(1))
+    machine.emulator.make_sticky(ILLEGAL_ADDRESS)
+    ok(d.cuCtxPushCurrent(one))
+    assert int(ok(d.cuCtxGetCurrent())) == int(one)
+    assert int(ok(d.cuCtxPopCurrent())) == int(one)
+    ok(d.cuCtxSetCurrent(zero))
+    assert int(ok(d.cuCtxGetCurrent())) == int(zero)
+    assert machine.code(d.cuCtxSynchronize()) == ILLEGAL_ADDRESS
+
+
+def test_a_failure_planned_before_a_reset_does_not_happen_after_it(machine: Machine) -> None:
+    d, ok, emulator = machine.d, machine.ok, machine.emulator
+    context, answers = ok(d.cuCtxGetCurrent()), []
+    emulator.slow("cuMemGetInfo", 200_000)
+    emulator.fail("cuMemGetInfo", ILLEGAL_ADDRESS, sticky=True)
+
+    def sleep() -> None:
+        ok(d.cuCtxSetCurrent(context))
+        answers.append(machine.code(d.cuMemGetInfo()))
+
+    sleeper = threading.Thread(target=sleep)
+    sleeper.start()
+    while emulator.calls()["cuMemGetInfo"] < 1:
+        time.sleep(0.001)
+    emulator.reset(force=True)
+    sleeper.join()
+    assert answers == [DEINITIALIZED]
+    ok(d.cuInit(0))
+
+
+def test_no_context_of_any_thread_outlives_a_reset(machine: Machine) -> None:
+    d, ok, emulator = machine.d, machine.ok, machine.emulator
+    may_go_on, was_reset, seen = threading.Event(), threading.Event(), []
+
+    def hold() -> None:
+        ok(d.cuCtxPushCurrent(ok(d.cuDevicePrimaryCtxRetain(0))))
+        may_go_on.set()
+        was_reset.wait()
+        ok(d.cuInit(0))
+        seen.append(machine.code(d.cuCtxPopCurrent()))
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    may_go_on.wait()
+    emulator.reset(force=True)
+    was_reset.set()
+    thread.join()
+    assert seen == [INVALID_CONTEXT], "there was nothing to pop"
+    for _ in range(20):  # more than a thread's stack has room for
+        emulator.reset(force=True)
+        ok(d.cuInit(0))
+        ok(d.cuCtxPushCurrent(ok(d.cuDevicePrimaryCtxRetain(0))))
 
 
 def test_a_slow_call_takes_its_time_but_not_the_lock(machine: Machine) -> None:
@@ -517,6 +662,8 @@ def test_controls_refuse_nonsense(machine: Machine) -> None:
         emulator.hold(0xDEAD0)
     with pytest.raises(UsageError, match="no such thing"):
         emulator.hold(device=2)
+    with pytest.raises(UsageError, match="no such thing"):
+        emulator.capture(0xDEAD0, True)
     with pytest.raises(UsageError, match="no such thing"):
         emulator.use(machine.reserve(), PAGE)
 

@@ -230,6 +230,8 @@ def no_room_for_results(m: Machine) -> Iterator[int]:
         "cuStreamCreateWithPriority",
         "cuStreamIsCapturing",
         "cuEventCreate",
+        "cuEventElapsedTime",
+        "cuThreadExchangeStreamCaptureMode",
     ):
         yield m.raw(name)
 
@@ -243,6 +245,8 @@ def nothing_where_something_must_be(m: Machine) -> Iterator[int]:
     yield m.raw("cuMemGetAllocationGranularity", room, m.prop().getPtr(), 2)
     yield m.raw("cuDeviceGetAttribute", room, 0, 0)
     yield m.raw("cuDeviceGetAttribute", room, 100_000, 0)
+    place[0] = b"\3"
+    yield m.raw("cuThreadExchangeStreamCaptureMode", room)  # there is no mode 3
     yield m.code(m.d.cuMemcpyDtoHAsync(0, base, 4, 0))
     yield m.code(m.d.cuMemcpyHtoDAsync(base, 0, 4, 0))
     for _ in range(15):
@@ -497,6 +501,19 @@ def dead_streams_and_events(m: Machine) -> Iterator[int]:
     yield m.code(m.d.cuEventQuery(event))
     yield m.code(m.d.cuEventSynchronize(event))
     yield m.code(m.d.cuEventDestroy(event))
+
+
+@breaks("RESOURCE", INVALID_HANDLE)
+def the_time_between_events_that_have_none(m: Machine) -> Iterator[int]:
+    m.start()
+    timed, later, untimed = (m.ok(m.d.cuEventCreate(flags)) for flags in (0, 0, 2))
+    m.ok(m.d.cuEventRecord(timed, 0))
+    m.ok(m.d.cuEventRecord(untimed, 0))
+    yield m.code(m.d.cuEventElapsedTime(timed, untimed))
+    yield m.code(m.d.cuEventElapsedTime(untimed, timed))
+    yield m.code(m.d.cuEventElapsedTime(timed, later))  # never recorded
+    m.ok(m.d.cuEventDestroy(later))
+    yield m.code(m.d.cuEventElapsedTime(later, timed))
 
 
 @breaks("RESOURCE", INVALID_HANDLE)

@@ -10,7 +10,8 @@ import pytest
 
 from tests.cuda.machine import PAGE, Machine, emulated_machine
 
-DEINITIALIZED, NOT_READY, ILLEGAL_ADDRESS = 4, 600, 700
+DEINITIALIZED, NOT_READY, ILLEGAL_ADDRESS, NOT_SUPPORTED = 4, 600, 700, 801
+CAPTURE_UNSUPPORTED, CAPTURE_IMPLICIT, CAPTURED_EVENT = 900, 906, 907
 NON_BLOCKING = 1
 
 
@@ -257,3 +258,74 @@ def test_host_memory_is_read_when_the_copy_runs(machine: Machine) -> None:
     host[:] = b"\2" * 4
     emulator.let_go()
     assert filled(machine, base) == 2
+
+
+def test_the_time_between_events(machine: Machine) -> None:
+    d, ok, emulator = machine.d, machine.ok, machine.emulator
+    first, second = (ok(d.cuEventCreate(0)) for _ in range(2))
+    ok(d.cuEventRecord(first, 0))
+    emulator.hold()
+    ok(d.cuEventRecord(second, 0))
+    assert machine.code(d.cuEventElapsedTime(first, second)) == NOT_READY
+    before = time.monotonic()
+    time.sleep(0.02)
+    at_least_ms = (time.monotonic() - before) * 1e3
+    emulator.let_go()
+    assert ok(d.cuEventElapsedTime(first, second)) >= at_least_ms * 0.999  # a float32
+    assert ok(d.cuEventElapsedTime(second, first)) == -ok(d.cuEventElapsedTime(first, second))
+    assert ok(d.cuEventElapsedTime(first, first)) == 0.0
+
+
+def test_a_capturing_stream_runs_nothing_and_its_events_are_captured(machine: Machine) -> None:
+    d, ok, emulator = machine.d, machine.ok, machine.emulator
+    base, event, other_event = machine.mapped(), ok(d.cuEventCreate(0)), ok(d.cuEventCreate(0))
+    stream, other = (int(ok(d.cuStreamCreate(NON_BLOCKING))) for _ in range(2))
+    assert int(ok(d.cuStreamIsCapturing(stream))) == 0
+    emulator.capture(stream, True)
+    assert int(ok(d.cuStreamIsCapturing(stream))) == 1
+    assert int(ok(d.cuStreamIsCapturing(other))) == 0
+    ok(d.cuMemsetD8Async(base, 1, PAGE, stream))
+    ok(d.cuEventRecord(event, stream))
+    ok(d.cuEventRecord(other_event, other))
+    ok(d.cuStreamWaitEvent(stream, other_event, 0))
+    assert filled(machine, base) == 0xA5
+    assert machine.code(d.cuEventQuery(event)) == CAPTURED_EVENT
+    assert machine.code(d.cuEventSynchronize(event)) == CAPTURED_EVENT
+    assert machine.code(d.cuEventElapsedTime(event, other_event)) == CAPTURED_EVENT
+    assert machine.code(d.cuStreamWaitEvent(other, event, 0)) == NOT_SUPPORTED
+    assert machine.code(d.cuEventQuery(other_event)) == 0
+    assert machine.code(d.cuStreamQuery(stream)) == CAPTURE_UNSUPPORTED
+    assert machine.code(d.cuStreamSynchronize(stream)) == CAPTURE_UNSUPPORTED
+    emulator.capture(stream, False)
+    assert int(ok(d.cuStreamIsCapturing(stream))) == 0
+    assert machine.code(d.cuEventQuery(event)) == CAPTURED_EVENT  # until it is recorded anew
+    ok(d.cuEventRecord(event, stream))
+    assert machine.code(d.cuEventQuery(event)) == 0
+    ok(d.cuMemsetD8Async(base, 2, PAGE, stream))
+    assert filled(machine, base) == 2
+
+
+@pytest.mark.parametrize(("flags", "answer"), [(0, CAPTURE_IMPLICIT), (NON_BLOCKING, 0)])
+def test_the_default_stream_beside_one_that_captures(machine: Machine, flags: int, answer: int) -> None:
+    d, ok = machine.d, machine.ok
+    stream = int(ok(d.cuStreamCreate(flags)))
+    machine.emulator.capture(stream, True)
+    assert machine.code(d.cuStreamIsCapturing(0)) == answer
+    machine.emulator.capture(stream, False)
+    assert int(ok(d.cuStreamIsCapturing(0))) == 0
+    machine.emulator.capture(0, True, device=0)
+    assert int(ok(d.cuStreamIsCapturing(0))) == 1
+
+
+def test_each_thread_has_its_own_capture_mode(machine: Machine) -> None:
+    d, ok = machine.d, machine.ok
+    mode = d.CUstreamCaptureMode
+    relaxed, everywhere = mode.CU_STREAM_CAPTURE_MODE_RELAXED, mode.CU_STREAM_CAPTURE_MODE_GLOBAL
+    assert ok(d.cuThreadExchangeStreamCaptureMode(relaxed)) == everywhere
+    waiter = Waiter(
+        machine,
+        "cuThreadExchangeStreamCaptureMode",
+        lambda: (int(ok(d.cuThreadExchangeStreamCaptureMode(relaxed))),),
+    )
+    assert waiter.answer() == int(everywhere)
+    assert ok(d.cuThreadExchangeStreamCaptureMode(everywhere)) == relaxed

@@ -8,11 +8,15 @@ Guarantees
   * Binding refuses what a kernel lacks, with a ConfigError that names it. A bound kernel never leaves anything out.
   * A kernel loads only rows `[start, start + length)` of each sequence, and up to `slack_tokens` rows behind them.
 
-Assumes: the K and V of this step's tokens are written before the call, and slack rows are mapped and finite.
+Assumes: the K and V of this step's tokens are written before the call. Where `slack_tokens` is not 0, the caller maps
+`tokens_to_map(n_tokens, span_tokens)` tokens of each slot instead of `n_tokens`, and makes the rows behind the last
+token finite before the first call (new pages hold anything, and zero times NaN is NaN). `choose` takes such a kernel
+only where it is told how much slack there will be.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,9 +45,9 @@ class AttentionSpec:
     head_dim: int  # of queries and keys
     value_dim: int
     dtype: torch.dtype  # of queries, keys, values and output
-    scale: float  # factor on the scores
+    scale: float  # factor on the scores; finite, above 0
     window: int | None = None  # how many keys a query sees, its own included; None: all up to its own
-    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap); finite, above 0
     has_sinks: bool = False  # each query head has one more score, which takes weight and gives no value
     is_causal: bool = True  # False: every query sees all keys of its sequence
 
@@ -55,8 +59,10 @@ class AttentionSpec:
             raise ConfigError(f"{self.n_q_heads} query heads cannot be shared out among {self.n_kv_heads} K/V heads")
         if self.window is not None and (self.window < 1 or not self.is_causal):
             raise ConfigError(f"a window is at least 1 token and causal; got {self.window}, is_causal={self.is_causal}")
-        if self.softcap is not None and self.softcap <= 0:
-            raise ConfigError(f"softcap is {self.softcap}; it must be above 0, or None for no soft capping")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"scale is {self.scale}; it must be finite and above 0")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ConfigError(f"softcap is {self.softcap}; it must be finite and above 0, or None for no soft capping")
 
     @property
     def n_groups(self) -> int:
@@ -79,13 +85,41 @@ class BoundKernel:
         name: The kernel's name.
         spec: What it was bound to.
         device: Where its tensors live.
-        slack_tokens: How many rows behind a sequence's last one it may load. They must be mapped and finite. Rows
-            that belong to the next slot count too, where a sequence ends near the end of its slot.
+        slack_tokens: How many rows behind a sequence's last one it may load. They must be mapped and finite. It never
+            loads rows of another slot, so less is needed where a sequence ends near the end of its slot.
+        alignment_bytes: What K's, V's and the queries' addresses and strides are multiples of.
     """
 
-    def __init__(self, name: str, spec: AttentionSpec, device: torch.device, slack_tokens: int, attend: Attend) -> None:
-        self.name, self.spec, self.device, self.slack_tokens = name, spec, device, slack_tokens
+    def __init__(
+        self,
+        name: str,
+        spec: AttentionSpec,
+        device: torch.device,
+        attend: Attend,
+        *,
+        slack_tokens: int = 0,
+        alignment_bytes: int = 1,
+    ) -> None:
+        self.name, self.spec, self.device = name, spec, device
+        self.slack_tokens, self.alignment_bytes = slack_tokens, alignment_bytes
         self._attend = attend
+
+    def tokens_to_map(self, n_tokens: int, span_tokens: int) -> int:
+        """Return how many tokens of a slot to map, so that all that the kernel loads of a sequence is mapped.
+
+        Mapping is half of it: the rows behind the sequence must be finite too, so fill them before the first call,
+        with zeros for example.
+
+        Args:
+            n_tokens: From the slot's base to the end of the sequence, this step's tokens included. 0 needs nothing.
+            span_tokens: Rows of one slot.
+
+        Raises:
+            UsageError: That many tokens do not fit into a slot.
+        """
+        if not 0 <= n_tokens <= span_tokens:
+            raise UsageError(f"{n_tokens} tokens do not fit into a slot of {span_tokens}")
+        return min(n_tokens + self.slack_tokens, span_tokens) if n_tokens else 0
 
     def __call__(
         self, query: torch.Tensor, kv: SlotKV, batch: RaggedBatch, sinks: torch.Tensor | None = None
@@ -102,7 +136,8 @@ class BoundKernel:
             `[n_tokens, n_q_heads, value_dim]`.
 
         Raises:
-            UsageError: An argument does not fit the spec, the batch or the device. Nothing was launched.
+            UsageError: An argument does not fit the spec, the batch or the device, or it is not aligned as the kernel
+                needs it. Nothing was launched.
         """
         self._check(query, kv, batch, sinks)
         if not batch.n_seqs:
@@ -117,6 +152,9 @@ class BoundKernel:
         _check_tensor("query", query, (batch.n_tokens, spec.n_q_heads, spec.head_dim), spec.dtype, self.device)
         _check_tensor("keys", kv.keys, (batch.n_rows, spec.n_kv_heads, spec.head_dim), spec.dtype, self.device)
         _check_tensor("values", kv.values, (batch.n_rows, spec.n_kv_heads, spec.value_dim), spec.dtype, self.device)
+        if self.alignment_bytes > 1:
+            for name, tensor in (("query", query), ("keys", kv.keys), ("values", kv.values)):
+                _check_alignment(name, tensor, self.alignment_bytes)
         if kv.span_tokens != batch.span_tokens:
             raise UsageError(f"K/V slots span {kv.span_tokens} tokens, the batch was built for {batch.span_tokens}")
         if batch.device != self.device:
@@ -133,6 +171,8 @@ class Kernel(ABC):
     """One way to attend, before it is known to what. Stateless but for the operators it was given."""
 
     name: ClassVar[str]
+    has_slack: ClassVar[bool] = False  # whether there are specs for which slack_tokens is not 0
+    alignment_bytes: ClassVar[int] = 1  # what addresses and strides must be multiples of
 
     @abstractmethod
     def availability(self, device: torch.device) -> Availability:
@@ -144,7 +184,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def slack_tokens(self, spec: AttentionSpec) -> int:
-        """Return how many rows behind a sequence's last one the kernel may load."""
+        """Return how many rows behind a sequence's last one the kernel may load: to be mapped and made finite."""
 
     @abstractmethod
     def build(self, spec: AttentionSpec) -> Attend:
@@ -163,7 +203,14 @@ class Kernel(ABC):
         lack = self.lacks(spec)
         if lack:
             raise ConfigError(f"attention kernel {self.name!r} has no {lack}")
-        return BoundKernel(self.name, spec, where, self.slack_tokens(spec), self.build(spec))
+        return BoundKernel(
+            self.name,
+            spec,
+            where,
+            self.build(spec),
+            slack_tokens=self.slack_tokens(spec),
+            alignment_bytes=self.alignment_bytes,
+        )
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
@@ -183,3 +230,12 @@ def _check_tensor(
         raise UsageError(f"{name} are {tensor.dtype} on {tensor.device}; the kernel was bound to {dtype} on {device}")
     if tensor.stride(-1) != 1:
         raise UsageError(f"{name} have last stride {tensor.stride(-1)}; it must be 1")
+
+
+def _check_alignment(name: str, tensor: torch.Tensor, n_bytes: int) -> None:
+    """Refuse what on hardware would end in an error that no later call recovers from."""
+    if tensor.data_ptr() % n_bytes or any(s * tensor.itemsize % n_bytes for s in tensor.stride()[:-1]):
+        raise UsageError(
+            f"{name} lie at {tensor.data_ptr():#x} with strides of {[s * tensor.itemsize for s in tensor.stride()]}"
+            f" bytes; address and strides but the last must be multiples of {n_bytes} bytes"
+        )

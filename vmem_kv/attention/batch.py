@@ -7,19 +7,24 @@ length n, token i sees keys `0 .. n - m + i`: causality is aligned at the bottom
 Guarantees: every number is checked on the host before a kernel sees it, and goes to the device once a step, not once a
 layer. Sequences that bring no token are left out, for they have no output: kernels see at least one token of each.
 
+To build one never waits for the device: its numbers travel from pinned memory, in order with the kernels behind them.
+
 A slot's first token need not lie at the slot's base. Layers whose slots span different numbers of tokens need a batch
 each.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
+from vmem_kv.attention.upload import upload
 from vmem_kv.errors import UsageError
 
 _INT32_MAX = 2**31 - 1
@@ -34,7 +39,16 @@ class SequenceRows(NamedTuple):
     length: int  # tokens in K and V, those of this step included; at least n_queries
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class BatchPart(NamedTuple):
+    """Some sequences of a batch, as a batch of their own."""
+
+    batch: RaggedBatch  # its queries are packed anew
+    first_row: int | None  # of the whole batch's queries, where the part's follow each other there
+    rows: torch.Tensor | None  # `[n_tokens]`, which of the whole batch's queries these are, where they do not
+    pinned: torch.Tensor | None  # what `rows` was copied from
+
+
+@dataclass(frozen=True, eq=False)
 class RaggedBatch:
     """One step's sequences, on the host and on the device. Make it with `RaggedBatch.build`.
 
@@ -54,6 +68,7 @@ class RaggedBatch:
     slot_indices: torch.Tensor  # [n_seqs], which slot
     slot_offsets: torch.Tensor  # [n_seqs], rows between the slot's base and the first token
     slot_ends: torch.Tensor  # [n_seqs], rows between the slot's base and the end of the last token
+    pinned: torch.Tensor | None = None  # what the tensors were copied from: the copy may still be under way
 
     @property
     def n_seqs(self) -> int:
@@ -65,10 +80,34 @@ class RaggedBatch:
         """Return where the tensors are."""
         return self.query_starts.device
 
-    @property
+    @cached_property
     def starts_at_base(self) -> bool:
         """Return whether every sequence's first token lies at its slot's base."""
         return all(s.slot_start % self.span_tokens == 0 for s in self.sequences)
+
+    @cached_property
+    def parts(self) -> tuple[BatchPart, ...]:
+        """Return the sequences that bring several tokens, and those that bring one, each as a batch of its own.
+
+        Empty where there is only one of the two. Made at the first use, for kernels that want it.
+        """
+        if self.n_tokens == self.n_seqs or all(s.n_queries > 1 for s in self.sequences):
+            return ()
+        prefill = tuple(s for s in self.sequences if s.n_queries > 1)
+        decode = tuple(s for s in self.sequences if s.n_queries == 1)
+        return self._part(prefill), self._part(decode)
+
+    def _part(self, sequences: tuple[SequenceRows, ...]) -> BatchPart:
+        rows = [row for s in sequences for row in range(s.query_start, s.query_start + s.n_queries)]
+        first, n_tokens = 0, len(rows)
+        moved = []
+        for s in sequences:
+            moved.append(s._replace(query_start=first))
+            first += s.n_queries
+        batch = RaggedBatch._of(tuple(moved), n_tokens, self.span_tokens, self.n_rows, self.device)
+        if rows[-1] - rows[0] + 1 == n_tokens:
+            return BatchPart(batch, rows[0], None, None)
+        return BatchPart(batch, None, *upload(torch.tensor(rows), self.device))
 
     @classmethod
     def build(
@@ -92,8 +131,13 @@ class RaggedBatch:
             device: Where the queries are.
 
         Raises:
-            UsageError: The numbers contradict each other; the message names the sequence.
+            UsageError: The numbers contradict each other, and the message names the sequence; or they are no integers.
         """
+        query_starts, slot_starts, lengths = (
+            _integers(name, numbers)
+            for name, numbers in (("query starts", query_starts), ("slot starts", slot_starts), ("lengths", lengths))
+        )
+        span_tokens, n_rows = _integers("span_tokens and n_rows", (span_tokens, n_rows))
         _check_shape(query_starts, slot_starts, lengths, span_tokens, n_rows)
         sequences = tuple(
             SequenceRows(start, end - start, slot_start, length)
@@ -115,7 +159,7 @@ class RaggedBatch:
         n_seqs = len(sequences)
         offsets = [s.slot_start % span_tokens for s in sequences]
         ends = [offset + s.length for offset, s in zip(offsets, sequences, strict=True)]
-        table = torch.tensor(
+        numbers = torch.tensor(
             [
                 [*(s.query_start for s in sequences), n_tokens],
                 [*(s.slot_start for s in sequences), 0],
@@ -125,7 +169,8 @@ class RaggedBatch:
                 [*ends, 0],
             ],
             dtype=torch.int32,
-        ).to(device)
+        )
+        table, pinned = upload(numbers, device)
         return cls(
             sequences=sequences,
             n_tokens=n_tokens,
@@ -140,7 +185,16 @@ class RaggedBatch:
             slot_indices=table[3, :n_seqs],
             slot_offsets=table[4, :n_seqs],
             slot_ends=table[5, :n_seqs],
+            pinned=pinned,
         )
+
+
+def _integers(name: str, numbers: Sequence[int]) -> list[int]:
+    """Return whatever counts as an integer as such. A float does not, for it may have been rounded."""
+    try:
+        return [int(operator.index(number)) for number in numbers]
+    except TypeError as error:
+        raise UsageError(f"{name} must be integers: {error}") from None
 
 
 def _check_shape(

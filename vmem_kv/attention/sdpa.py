@@ -1,15 +1,18 @@
 """Attention by torch's `scaled_dot_product_attention`, on the CPU and on CUDA: the reference for all other kernels.
 
-A call is a block of at most `BLOCK_ROWS` query rows against exactly the keys that they see. The query heads that share
-a K/V head become rows of one block: `[m tokens, Hq] -> [Hkv, m * Hq / Hkv]`. K and V are then read once per K/V head,
+A call is a tile of at most `TILE_ROWS` query rows against exactly the keys that they see. The query heads that share
+a K/V head become rows of one tile: `[m tokens, Hq] -> [Hkv, m * Hq / Hkv]`. K and V are then read once per K/V head,
 and torch's CPU kernel is up to eight times faster in bf16 than when it does the grouping itself. Keys that no row of a
-block sees, behind the causal edge or before the window, are cut off; a mask remains for the edges only.
+tile sees, behind the causal edge or before the window, are cut off; a mask remains for the edges only.
 
 Decoding sequences of equal length and evenly spaced starts go in one call, in place. Short ones of unequal length are
 first gathered, padded with rows of their own, because a call of torch costs more than copying them.
 
 Guarantees: reads rows `[start, start + length)` and nothing else; slack is 0. Soft capping and sinks, which torch's
 kernel lacks, are computed in plain torch, in float32.
+
+On CUDA torch's kernels count the elements between heads and between rows in 32 bits: a layout in which they lie further
+apart is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ import torch
 
 from vmem_kv.attention.base import Attend, AttentionSpec, Availability, Kernel
 from vmem_kv.attention.batch import RaggedBatch, SequenceRows
+from vmem_kv.attention.cuda_devices import cuda_availability
+from vmem_kv.attention.upload import upload
+from vmem_kv.errors import UsageError
 from vmem_kv.tensors import SlotKV
 
-BLOCK_ROWS = 256
+TILE_ROWS = 256
 """Query rows of one call (measured on the CPU: fewer or more are slower). It bounds what a call needs: one byte a row
 and key for the mask, four for scores that are written out."""
 GATHER_BYTES = 128 * 1024
 """Sequences whose keys take more are read in place: copying would cost more than a call (measured on the CPU)."""
+MAX_STRIDE = 2**31 - 1
+"""The most elements between neighbouring heads or rows that torch's CUDA kernels take."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Mask = torch.Tensor | None
@@ -44,9 +52,10 @@ class Sdpa(Kernel):
     name = "sdpa"
 
     def availability(self, device: torch.device) -> Availability:
-        if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
+        if device.type == "cpu":
             return Availability(True, "part of torch")
-        return Availability(False, f"this torch has no device {device}")
+        found = cuda_availability(device, least=(0, 0))
+        return Availability(True, f"part of torch, on {found.why}") if found.is_available else found
 
     def lacks(self, spec: AttentionSpec) -> str:
         return "" if spec.dtype in _DTYPES else f"{spec.dtype}; use float32, bfloat16 or float16"
@@ -60,7 +69,7 @@ class Sdpa(Kernel):
 
 @dataclass(frozen=True, slots=True)
 class _Strided:
-    """Sequences of one block of `n_tokens` each, read in place: sequence i begins at row `first_row + i * row_step`."""
+    """Sequences of one tile of `n_tokens` each, read in place: sequence i begins at row `first_row + i * row_step`."""
 
     query_start: int
     n_seqs: int
@@ -78,6 +87,7 @@ class _Gathered:
     queries: torch.Tensor  # [B], rows of the packed queries
     rows: torch.Tensor  # [B * L], rows of K and V; a sequence's own last row stands for those that it does not have
     mask: torch.Tensor  # [B, 1, 1, L], False for the latter
+    pinned: tuple[torch.Tensor | None, ...]  # what they were copied from: the copies may still be under way
 
 
 class _Sdpa:
@@ -88,26 +98,28 @@ class _Sdpa:
         has_extras = spec.softcap is not None or spec.has_sinks
         self._fused = None if has_extras else _fused(spec)
         # torch's kernel keeps no scores, the written-out one keeps those of all heads.
-        self._block_tokens = max(1, BLOCK_ROWS // (spec.n_q_heads if has_extras else spec.n_groups))
+        self._tile_tokens = max(1, TILE_ROWS // (spec.n_q_heads if has_extras else spec.n_groups))
         self._plan = lru_cache(maxsize=4)(self._make_plan)
 
     def __call__(self, query: torch.Tensor, kv: SlotKV, batch: RaggedBatch, sinks: torch.Tensor | None) -> torch.Tensor:
+        if query.device.type != "cpu":
+            _check_strides(kv)
         attend = self._fused or _explicit(self._spec, sinks)
         output = query.new_empty(batch.n_tokens, self._spec.n_q_heads, self._spec.value_dim)
         strided, gathered = self._plan(batch)
         for call in strided:
             n_rows = call.n_seqs * call.n_tokens
-            block = self._packed(query.narrow(0, call.query_start, n_rows), call.n_seqs)
+            packed = self._packed(query.narrow(0, call.query_start, n_rows), call.n_seqs)
             keys, values = (_in_place(rows, call) for rows in (kv.keys, kv.values))
-            output.narrow(0, call.query_start, n_rows).copy_(self._unpacked(attend(block, keys, values, call.mask)))
+            output.narrow(0, call.query_start, n_rows).copy_(self._unpacked(attend(packed, keys, values, call.mask)))
         for copied in gathered:
             n_seqs = copied.queries.numel()
-            block = self._packed(query.index_select(0, copied.queries), n_seqs)
+            packed = self._packed(query.index_select(0, copied.queries), n_seqs)
             keys, values = (
                 rows.index_select(0, copied.rows).view(n_seqs, -1, *rows.shape[1:]).transpose(1, 2)
                 for rows in (kv.keys, kv.values)
             )
-            output.index_copy_(0, copied.queries, self._unpacked(attend(block, keys, values, copied.mask)))
+            output.index_copy_(0, copied.queries, self._unpacked(attend(packed, keys, values, copied.mask)))
         return output
 
     def _packed(self, query: torch.Tensor, n_seqs: int) -> torch.Tensor:
@@ -121,6 +133,7 @@ class _Sdpa:
         heads = output.reshape(n_seqs, n_kv_heads, -1, self._spec.n_groups, value_dim).transpose(1, 2)
         return heads.reshape(-1, self._spec.n_q_heads, value_dim)
 
+    @torch.inference_mode(False)
     def _make_plan(self, batch: RaggedBatch) -> tuple[tuple[_Strided, ...], tuple[_Gathered, ...]]:
         strided: list[_Strided] = []
         gathered: list[_Gathered] = []
@@ -133,7 +146,7 @@ class _Sdpa:
             mask = self._edge_mask(batch)
             for sequence in batch.sequences:
                 if sequence.n_queries > 1:
-                    strided += self._blocks(sequence, mask)
+                    strided += self._tiles(sequence, mask)
         return tuple(strided), tuple(gathered)
 
     def _seen(self, sequence: SequenceRows) -> SequenceRows:
@@ -153,12 +166,12 @@ class _Sdpa:
         yield from buckets.values()
 
     def _edge_mask(self, batch: RaggedBatch) -> torch.Tensor:
-        """Return what the rows of a block see of the keys at its end, `[1, block rows, keys]`.
+        """Return what the rows of a tile see of the keys at its end, `[1, tile rows, keys]`.
 
-        Counted from the right end, where the block's last token is, this is the same for all blocks: shorter ones use
+        Counted from the right end, where the tile's last token is, this is the same for all tiles: shorter ones use
         a corner of it.
         """
-        n_tokens = min(self._block_tokens, batch.max_query_tokens)
+        n_tokens = min(self._tile_tokens, batch.max_query_tokens)
         n_keys = batch.max_length
         if self._spec.window is not None:
             n_keys = min(n_keys, self._spec.window + n_tokens - 1)
@@ -169,11 +182,11 @@ class _Sdpa:
             is_seen &= behind < self._spec.window
         return is_seen.repeat_interleave(self._spec.n_groups, 0)
 
-    def _blocks(self, sequence: SequenceRows, mask: torch.Tensor) -> Iterator[_Strided]:
-        """Cut a sequence's new tokens into blocks, and its keys to what each block sees."""
+    def _tiles(self, sequence: SequenceRows, mask: torch.Tensor) -> Iterator[_Strided]:
+        """Cut a sequence's new tokens into tiles, and its keys to what each tile sees."""
         spec = self._spec
-        for start in range(0, sequence.n_queries, self._block_tokens):
-            n_tokens = min(self._block_tokens, sequence.n_queries - start)
+        for start in range(0, sequence.n_queries, self._tile_tokens):
+            n_tokens = min(self._tile_tokens, sequence.n_queries - start)
             end, first = sequence.length, 0
             if spec.is_causal:
                 end -= sequence.n_queries - start - n_tokens
@@ -205,11 +218,20 @@ def _gather(bucket: list[_Strided], device: torch.device) -> _Gathered:
     starts = torch.tensor([[call.first_row] for call in bucket])
     last = torch.tensor([[call.n_keys - 1] for call in bucket])
     token = torch.arange(longest).unsqueeze(0)
-    return _Gathered(
-        queries=torch.tensor([call.query_start for call in bucket]).to(device),
-        rows=(starts + token.minimum(last)).flatten().to(device),
-        mask=(token <= last)[:, None, None, :].to(device),
-    )
+    queries = upload(torch.tensor([call.query_start for call in bucket]), device)
+    rows = upload((starts + token.minimum(last)).flatten(), device)
+    mask = upload((token <= last)[:, None, None, :], device)
+    return _Gathered(queries.tensor, rows.tensor, mask.tensor, (queries.pinned, rows.pinned, mask.pinned))
+
+
+def _check_strides(kv: SlotKV) -> None:
+    for name, rows in (("keys", kv.keys), ("values", kv.values)):
+        row_stride, head_stride, _ = rows.stride()
+        if max(row_stride, head_stride) > MAX_STRIDE:
+            raise UsageError(
+                f"{name} have rows {row_stride} and heads {head_stride} elements apart; torch's CUDA kernels take up to"
+                f" {MAX_STRIDE}: use the layout per_layer, fewer slots, or another kernel"
+            )
 
 
 def _in_place(rows: torch.Tensor, call: _Strided) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The FlashAttention-2 inside torch, called as one variable-length operator: `aten::_flash_attention_forward`.
 
-One call for any mix of prefill and decode. Starts go in as `cum_seq_k`, which need not be monotone because the
-operator is told the lengths as `seqused_k`.
+One call for prefill and one for decode (vmem_kv/attention/parts.py says why). Starts go in as `cum_seq_k`, which need
+not be monotone because the operator is told the lengths as `seqused_k`.
 
 Guarantees: slack is 0 (loads are predicated by the length).
 Assumes torch 2.11 or later. What later versions added to the operator (`block_table`, `num_splits`) is not passed.
@@ -17,7 +17,8 @@ import torch
 from vmem_kv.attention.base import Attend, AttentionSpec, Availability, Kernel
 from vmem_kv.attention.batch import RaggedBatch
 from vmem_kv.attention.cuda_devices import cuda_availability
-from vmem_kv.attention.limits import flash_lacks
+from vmem_kv.attention.limits import ALIGNMENT_BYTES, NO_WINDOW, flash_lacks, flash_window
+from vmem_kv.attention.parts import in_parts
 from vmem_kv.tensors import SlotKV
 
 Operator = Callable[..., Any]
@@ -31,6 +32,7 @@ class TorchFlash(Kernel):
     """
 
     name = "torch_flash"
+    alignment_bytes = ALIGNMENT_BYTES
 
     def __init__(self, operator: Operator | None = None) -> None:
         self._operator = operator
@@ -55,6 +57,7 @@ class TorchFlash(Kernel):
         operator = self._operator or torch.ops.aten._flash_attention_forward
 
         def attend(query: torch.Tensor, kv: SlotKV, batch: RaggedBatch, _: torch.Tensor | None) -> torch.Tensor:
+            window = flash_window(spec, batch)
             output: torch.Tensor = operator(
                 query,
                 kv.keys,
@@ -67,11 +70,10 @@ class TorchFlash(Kernel):
                 spec.is_causal,
                 False,  # no debug mask
                 scale=spec.scale,
-                # Both edges stay unset without a window: a decode with one set is not split over the keys.
-                window_size_left=None if spec.window is None else spec.window - 1,
-                window_size_right=None if spec.window is None else 0,
+                window_size_left=None if window == NO_WINDOW else window[0],
+                window_size_right=None if window == NO_WINDOW else window[1],
                 seqused_k=batch.lengths,
             )[0]
             return output
 
-        return attend
+        return in_parts(attend)

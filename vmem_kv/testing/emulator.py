@@ -5,7 +5,9 @@
 memory of this process, aliases are the same memory, and touching an address without access is a real fault.
 
 Guarantees: it never stands in for a real driver (it refuses where an NVIDIA device exists, or where another libcuda is
-loaded already). It is stricter than hardware: `rules()` lists what it holds callers to, `violations()` who broke it.
+loaded already). Nobody finds it by accident: its file is called neither libcuda nor like a module, and loaded by
+anyone but `load_emulator` it is inert: no call is found, and all fail. It is stricter than hardware: `rules()` lists
+what it holds callers to, `violations()` who broke it.
 It assumes that it is loaded before `cuda.bindings.driver` is used for the first time. There is one per process, so
 `Emulator` objects share their state; `reset` brings it back to the beginning.
 """
@@ -15,15 +17,19 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
 from vmem_kv.errors import ConfigError, UsageError
 
-ABI = 1
+ABI = 2
+FILE = "cuda_emulator.library"  # as setup.py names it
 SONAME = "libcuda.so.1"
-SIGNS_OF_A_DEVICE = ("dev/nvidiactl", "dev/nvidia0", "proc/driver/nvidia")
+SIGNS_OF_A_DEVICE = (
+    *("dev/nvidiactl", "dev/nvidia0", "proc/driver/nvidia"),  # discrete cards
+    "dev/dxg",  # Windows' devices under WSL2
+    *("dev/nvhost-gpu", "dev/nvgpu"),  # Jetson
+)
 VIOLATION_CHARS = 240
 
 UNKNOWN_NAME, BAD_VALUE, SOMETHING_LIVES, FORKED = 1, 2, 3, 4
@@ -74,6 +80,7 @@ class Emulator:
         library.vmem_emulator_n_calls.restype = u64
         library.vmem_emulator_violation.argtypes = [u64, text, size]
         library.vmem_emulator_hold.argtypes = [u64, integer, integer]
+        library.vmem_emulator_capture.argtypes = [u64, integer, integer]
         library.vmem_emulator_use.argtypes = [u64, integer, u64, u64]
         library.vmem_emulator_stream.argtypes = [size]
         library.vmem_emulator_stream.restype = u64
@@ -111,7 +118,8 @@ class Emulator:
     def make_sticky(self, code: int) -> None:
         """Answer ``code`` to every call from now on, as after an illegal address (700); 0 ends it.
 
-        Only the driver's version and the error texts still work. Whoever waits for work gets ``code``.
+        Only the driver's version, the error texts and what says which context is current still work. Whoever waits for
+        work gets ``code``.
         """
         self._set(STICKY, int(code))
 
@@ -173,6 +181,20 @@ class Emulator:
             UsageError: There is no such stream.
         """
         self._check(self._lib.vmem_emulator_hold(stream, device, False), f"stream {stream:#x} of device {device}")
+
+    def capture(self, stream: int, on: bool, device: int = 0) -> None:
+        """Let a stream begin or end to capture, as for a CUDA graph. Stream and device as `hold`.
+
+        Meanwhile work queued on it is forgotten, for nobody launches that graph, and events recorded on it are
+        captured: cuEventQuery and cuEventSynchronize answer CAPTURED_EVENT (907) until the event is recorded anew on
+        a stream that does not capture. cuStreamIsCapturing answers ACTIVE, and for the default stream beside a
+        blocking one that captures STREAM_CAPTURE_IMPLICIT (906). Waiting for the stream, or asking whether its work is
+        done, is STREAM_CAPTURE_UNSUPPORTED (900).
+
+        Raises:
+            UsageError: There is no such stream.
+        """
+        self._check(self._lib.vmem_emulator_capture(stream, device, on), f"stream {stream:#x} of device {device}")
 
     def use(self, address: int, n_bytes: int, stream: int = 0, device: int = 0) -> None:
         """Queue work that touches a range, as a kernel would. It changes nothing. Stream and device as `hold`.
@@ -302,6 +324,8 @@ def load_emulator(path: Path | None = None, root: Path = Path("/")) -> Emulator:
     library = ctypes.CDLL(str(library_path), mode=ctypes.RTLD_GLOBAL)
     if library.vmem_emulator_abi() != ABI:
         raise ConfigError(f"{library_path} has ABI {library.vmem_emulator_abi()}, this package needs {ABI}")
+    if library.vmem_emulator_activate() != 0:
+        raise ConfigError(f"{library_path} found an NVIDIA device when it was loaded, and stays inert")
     return Emulator(library)
 
 
@@ -311,12 +335,10 @@ def find_emulator() -> Path:
     Raises:
         ConfigError: It was not built.
     """
-    folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_libcuda{suffix}"
-        if path.exists():
-            return path
-    raise ConfigError("the emulated CUDA driver was not built (no C compiler at install time?)")
+    path = Path(__file__).parent / FILE
+    if not path.exists():
+        raise ConfigError("the emulated CUDA driver was not built (no C compiler at install time?)")
+    return path
 
 
 def _already_loaded(name: str) -> int | None:
