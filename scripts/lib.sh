@@ -49,7 +49,7 @@ make_venv() {
 # fingerprint WORD...: what an environment was made from; another value means that it has to be brought up to date.
 # An environment that looks into another one has that one's interpreter among its WORDs.
 fingerprint() {
-    { printf '%s\n' "$ROOT" "$@" && cat pyproject.toml constraints.txt native/*.c native/*/*.[ch] scripts/lib.sh scripts/setup; } | sha256sum
+    { printf '%s\n' "$ROOT" "$@" && cat pyproject.toml setup.py constraints.txt native/*.c native/*/*.[ch] scripts/lib.sh scripts/setup; } | sha256sum
 }
 
 # is_current FOLDER WORD...: whether the environment was completed with this fingerprint and still runs.

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, Mamba
 from typer.testing import CliRunner, Result
 
 import vmem_kv
-from tests.core.subprocesses import output_of
+from tests.core.subprocesses import output_of, run_python
 from vmem_kv.cli import doctor as doctor_module
 from vmem_kv.cli import memory_trace
 from vmem_kv.cli.app import app
@@ -346,6 +346,23 @@ def doctor_in_a_process_of_its_own(prelude: str = "") -> str:
         main()
         """
     return " ".join(output_of(code).split())
+
+
+def test_ctrl_c_while_modules_load_is_no_traceback() -> None:
+    done = run_python(
+        """
+        import builtins, sys
+        load = builtins.__import__
+        def interrupted(name, *args):
+            if name == "vmem_kv.cli.app":
+                raise KeyboardInterrupt
+            return load(name, *args)
+        builtins.__import__ = interrupted
+        from vmem_kv.cli import main
+        main()
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_doctor_says_why_cuda_is_not_available_and_what_would_be_needed() -> None:

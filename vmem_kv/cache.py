@@ -68,10 +68,11 @@ class KVCache:
         self._viewers.append(is_looking)
 
     def acquire(self, *, expected_tokens: int | None = None, domain: str = "") -> SlotId:
-        """Return a slot for a new sequence: the best fitting warm one, else a cold one. Maps nothing.
+        """Return a slot for a new sequence: a warm one if it fits better than none, else a cold one. Maps nothing.
 
         Args:
-            expected_tokens: How long the sequence may become; the best guess makes the best fit.
+            expected_tokens: How long the sequence may become; the best guess makes the best fit (`SlotTable.choose`).
+                Without one, `max_tokens`: then every warm slot fits better than a cold one.
             domain: Whose sequence it is. A warm slot of another domain is scrubbed before it is handed out.
 
         Raises:
@@ -93,8 +94,9 @@ class KVCache:
         slots = self._slots
         with self.pool.lock:
             self._require_open()  # again: another thread may close it meanwhile
-            expected = self.layout.max_tokens if expected_tokens is None else expected_tokens
-            chosen = slots.choose(n_slots, expected)
+            layout = self.layout
+            wanted = layout.max_tokens if expected_tokens is None else layout.capacity_of(expected_tokens)
+            chosen = slots.choose(n_slots, wanted)
             slots.busy.update(chosen)
         try:
             for slot_id in chosen:

@@ -174,6 +174,10 @@ class Layout:
         )
         return min(self.max_tokens, *tokens)
 
+    def capacity_of(self, n_tokens: int) -> int:
+        """Tokens from the slot's start that fit in the pages behind its first `n_tokens`."""
+        return self.token_capacity([ceil_div(n_tokens * plane.token_bytes, self.page_bytes) for plane in self.planes])
+
 
 def _piece_bytes(layers: Sequence[LayerSpec], piece: Piece) -> int:
     return piece.n_heads * layers[piece.layer_index][piece.is_value].head_bytes

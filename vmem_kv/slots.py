@@ -47,28 +47,37 @@ class SlotTable:
         self.domain: dict[SlotId, str] = {}
         """Whose bytes lie in a mapped slot."""
 
-    def choose(self, n_slots: int, expected_tokens: int) -> Sequence[SlotId]:
+    def choose(self, n_slots: int, wanted_tokens: int) -> Sequence[SlotId]:
         """Return the best run of `n_slots` neighbouring slots that nobody owns.
 
-        Best is best fit: the most warm capacity that will be used, then the least that will not, then the front.
+        Best is best fit: the run whose capacities are off the wanted one by the fewest tokens, added up. What a slot
+        lacks must be mapped, and what it has beyond lies idle until the end: a token costs the same either way. A cold
+        slot lacks everything, so that a warm one of more than twice the size is left to somebody who needs it. Of
+        equals, the run that reuses more, then the one nearer to the front. A warm slot whose front is unmapped is the
+        last resort.
+
+        Args:
+            n_slots: How many.
+            wanted_tokens: The capacity that each of them will need, in whole pages: then a slot that had a sequence of
+                that many pages fits exactly.
 
         Raises:
             OutOfSlots: There is no such run.
         """
         best: tuple[int, int, int] | None = None
-        n_in_a_row = n_reused = n_excess = 0
+        n_in_a_row = n_off = n_reused = 0
         for index, state in enumerate(self.state):
             if state not in (SlotState.COLD, SlotState.WARM) or index in self.busy:
-                n_in_a_row = n_reused = n_excess = 0
+                n_in_a_row = n_off = n_reused = 0
                 continue
             n_in_a_row += 1
-            n_reused += self._reused(index, expected_tokens)
-            n_excess += self._excess(index, expected_tokens)
+            n_off += self._off(index, wanted_tokens)
+            n_reused += self._reused(index, wanted_tokens)
             if n_in_a_row > n_slots:
-                n_reused -= self._reused(index - n_slots, expected_tokens)
-                n_excess -= self._excess(index - n_slots, expected_tokens)
+                n_off -= self._off(index - n_slots, wanted_tokens)
+                n_reused -= self._reused(index - n_slots, wanted_tokens)
             if n_in_a_row >= n_slots:
-                found = (-n_reused, n_excess, index - n_slots + 1)
+                found = (n_off, -n_reused, index - n_slots + 1)
                 best = found if best is None else min(best, found)
         if best is None:
             raise OutOfSlots(
@@ -135,12 +144,12 @@ class SlotTable:
                 what = f"is {self.state[slot_id].value}" if in_range else "does not exist"
                 raise UsageError(f"slot {slot_id} {what}; acquire a slot before using it, and retire it once")
 
-    def _reused(self, index: int, expected_tokens: int) -> int:
-        return min(self.warm.get(SlotId(index), 0), expected_tokens)
+    def _off(self, index: int, wanted_tokens: int) -> int:
+        """Tokens between what is mapped and what is wanted; more than any sum of them if the front is gone."""
+        capacity = self.warm.get(SlotId(index), 0)
+        if capacity == 0 and self.state[index] is SlotState.WARM:
+            return 1 << 62
+        return abs(capacity - wanted_tokens)
 
-    def _excess(self, index: int, expected_tokens: int) -> int:
-        """Warm capacity that would lie idle; a slot whose front is gone must be unmapped, the worst choice."""
-        if self.state[index] is not SlotState.WARM:
-            return 0
-        capacity = self.warm[SlotId(index)]
-        return max(0, capacity - expected_tokens) if capacity else 1 << 62
+    def _reused(self, index: int, wanted_tokens: int) -> int:
+        return min(self.warm.get(SlotId(index), 0), wanted_tokens)

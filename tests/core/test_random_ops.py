@@ -100,7 +100,8 @@ def maps_a_page_too_few(patch: pytest.MonkeyPatch) -> None:
 
 
 def adopts_the_first_warm_slot(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SlotTable, "_excess", lambda table, index, expected_tokens: 0)
+    patch.setattr(SlotTable, "_off", lambda table, index, wanted_tokens: -(SlotId(index) in table.warm))
+    patch.setattr(SlotTable, "_reused", lambda table, index, wanted_tokens: 0)
 
 
 def reclaims_the_newest_first(patch: pytest.MonkeyPatch) -> None:

@@ -36,42 +36,52 @@ def table_of(capacities: list[int | None]) -> SlotTable:
 
 
 @pytest.mark.parametrize(
-    ("capacities", "expected_tokens", "chosen"),
+    ("capacities", "wanted_tokens", "chosen"),
     [
         ([None, None], 10, 0),
         ([None, 10, 20], 10, 1),  # the exact fit
-        ([None, 8, 20], 10, 2),  # more reuse beats less idle
-        ([30, 20, 40], 10, 1),  # the least idle of those that are long enough
+        ([None, 8, 13], 10, 1),  # two to map beat three that lie idle
+        ([None, 6, 13], 10, 2),  # three that lie idle beat four to map
+        ([None, 8, 12], 10, 2),  # equals: more reuse
+        ([None, 20], 10, 1),  # likewise: all of the memory would lie idle, or all be mapped
+        ([None, 21], 10, 0),  # more than twice the size is left to somebody who needs it
+        ([30, 21, 40], 10, 1),  # nothing else is left: the least idle
         ([5, 9, 7], 100, 1),  # none is long enough: the longest
-        ([20, None], 0, 1),  # nothing expected: leave the warm one to somebody who needs it
+        ([None, 1], 100, 1),  # a little is better than nothing
+        ([20, None], 0, 1),  # nothing wanted: leave the warm one
         ([-1, 20, 20], 10, 1),  # equals: the front
         ([0, None], 10, 1),  # a slot whose front is gone is the last resort
+        ([0, 100], 10, 1),
         ([-1, 0], 10, 1),
     ],
 )
-def test_the_best_fitting_slot_is_chosen(capacities: list[int | None], expected_tokens: int, chosen: int) -> None:
-    assert table_of(capacities).choose(1, expected_tokens) == [chosen]
+def test_the_best_fitting_slot_is_chosen(capacities: list[int | None], wanted_tokens: int, chosen: int) -> None:
+    assert table_of(capacities).choose(1, wanted_tokens) == [chosen]
+
+
+def test_two_slots_that_each_fit_beat_one_that_fits_exactly_beside_a_bad_one() -> None:
+    assert table_of([10, 40, -1, 12, 9]).choose(2, 10) == [3, 4]
 
 
 def test_the_best_run_of_neighbours_is_the_one_that_trying_all_finds() -> None:
     choose = random.Random(1)
     for _ in range(2000):
         capacities = [choose.choice([None, -1, 0, 3, 8, 20]) for _ in range(choose.randint(1, 7))]
-        n_slots, expected = choose.randint(1, 4), choose.choice([0, 5, 30])
+        n_slots, wanted = choose.randint(1, 4), choose.choice([0, 5, 30])
         table = table_of(capacities)
         best = None
         for first in range(len(capacities) - n_slots + 1):
             run = capacities[first : first + n_slots]
             if -1 in run:
                 continue
-            reused = sum(min(c or 0, expected) for c in run)
-            idle = sum((max(0, c - expected) if c else 1 << 62) for c in run if c is not None)
-            best = min(best or (1, 0, 0), (-reused, idle, first))
+            off = sum(1 << 62 if c == 0 else abs((c or 0) - wanted) for c in run)
+            reused = sum(min(c or 0, wanted) for c in run)
+            best = min(best or (1 << 65, 0, 0), (off, -reused, first))
         if best is None:
             with pytest.raises(OutOfSlots):
-                table.choose(n_slots, expected)
+                table.choose(n_slots, wanted)
         else:
-            assert list(table.choose(n_slots, expected)) == list(range(best[2], best[2] + n_slots))
+            assert list(table.choose(n_slots, wanted)) == list(range(best[2], best[2] + n_slots))
 
 
 def test_busy_and_broken_slots_are_passed_over() -> None:

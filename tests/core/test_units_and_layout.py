@@ -149,11 +149,12 @@ def test_capacity_is_the_inverse_of_pages(kind: str) -> None:
         pages = [-(-n_tokens * plane.token_bytes // 64) for plane in layout.planes]
         assert layout.n_pages(n_tokens) == sum(pages)
         capacity = layout.token_capacity(pages)
-        assert n_tokens <= capacity <= 300
+        assert n_tokens <= capacity == layout.capacity_of(n_tokens) <= 300
         assert layout.n_pages(capacity) == layout.n_pages(n_tokens) or n_tokens == 0
         if n_tokens:
             fewer = [max(0, n - 1) for n in pages]
             assert layout.token_capacity(fewer) < n_tokens
+    assert layout.capacity_of(301) == layout.capacity_of(1000) == 300
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_auto_keeps_waste_under_the_target_where_the_granularity_allows_it(expec
 
 def test_auto_takes_fewer_planes_as_mappings_get_short() -> None:
     kinds = [
-        choose_layout(replace(INFO, max_mappings=n), MODEL, n_slots=8, expected_tokens=1024).kind
+        choose_layout(replace(INFO, max_mappings=n, reads_best="per_head"), MODEL, n_slots=8, expected_tokens=1024).kind
         for n in (8 * 2 * 180, 8 * 2 * 180 - 1, 8 * 2 * 60 - 1, 8 * 2 * 30 - 1, 8 * 2 * 16 - 1, 8 * 2 * 8 - 1, 1)
     ]
     assert kinds == ["per_head", "per_layer", "group:2", "group:4", "group:8", "group:16", "token_major"]
@@ -211,10 +212,10 @@ def test_auto_counts_every_page_where_neighbours_do_not_merge() -> None:
     assert choice.kind == "group:2"
 
 
-def test_per_head_is_for_the_cpu_only() -> None:
-    info = replace(INFO, max_mappings=1 << 30)
-    assert choose_layout(info, MODEL, n_slots=1, expected_tokens=100).kind == "per_head"
-    assert choose_layout(replace(info, device="cuda:0"), MODEL, n_slots=1, expected_tokens=100).kind == "per_layer"
+@pytest.mark.parametrize("kind", ["per_head", "per_layer"])
+def test_auto_begins_with_the_layout_that_the_device_reads_best(kind: str) -> None:
+    info = replace(INFO, max_mappings=1 << 30, reads_best=kind)
+    assert choose_layout(info, MODEL, n_slots=1, expected_tokens=100).kind == kind
 
 
 def test_a_choice_that_was_made_is_kept_and_explained() -> None:

@@ -214,6 +214,9 @@ def test_missing_folders_and_forbidden_files_are_refused(tmp_path: Path) -> None
         scan_trace(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
         scan_trace(Path("/proc/self/mem"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="save it to a file first"):
+        scan_trace(tmp_path / "pipe")
 
 
 def test_a_line_of_ten_million_characters_is_refused_without_reading_it(tmp_path: Path) -> None:

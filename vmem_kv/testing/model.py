@@ -88,12 +88,15 @@ class ReferenceModel:
 
     def capacity(self, slot: int) -> int:
         """Tokens from the slot's front (mapped or given up) that end inside of its mapped pages."""
-        n_mapped_tokens = self.slots[slot].n_mapped_tokens
-        if n_mapped_tokens not in self._capacities:
-            front = self.front(n_mapped_tokens)
-            longer = range(n_mapped_tokens, self.max_tokens + 1)
-            self._capacities[n_mapped_tokens] = max(n for n in longer if self.front(n) == front)
-        return self._capacities[n_mapped_tokens]
+        return self.capacity_of(self.slots[slot].n_mapped_tokens)
+
+    def capacity_of(self, n_tokens: int) -> int:
+        """The most tokens for which the pages of the first `n_tokens` are enough."""
+        if n_tokens not in self._capacities:
+            front = self.front(n_tokens)
+            longer = range(n_tokens, self.max_tokens + 1)
+            self._capacities[n_tokens] = max(n for n in longer if self.front(n) == front)
+        return self._capacities[n_tokens]
 
     def before_window(self, slot: int, first_token: int) -> set[Page]:
         """The mapped pages wholly before a window; without any, sliding does nothing that a fence must guard."""
@@ -117,16 +120,19 @@ class ReferenceModel:
         return sorted(warm, key=lambda slot: self.slots[slot].retired_at)
 
     def best_slot(self, expected_tokens: int) -> int | None:
-        """The slot that best fit must choose: most warm capacity in use, then least idle, then the first."""
+        """The slot that best fit must choose: least off what is wanted, then most of it there, then the first.
+
+        Wanted is the capacity that a fresh slot would have at the expected length. What is cold has none; a warm slot
+        without its front must be unmapped first: the last resort.
+        """
+        wanted = self.capacity_of(expected_tokens)
         scores = []
         for slot, state in enumerate(self.slots):
-            if state.state == "cold":
-                scores.append((0, 0, slot))
-            elif state.state == "warm" and not self.has_front(slot):
-                scores.append((0, 1 << 62, slot))  # must be unmapped first: the last resort
-            elif state.state == "warm":
-                capacity = self.capacity(slot)
-                scores.append((-min(capacity, expected_tokens), max(0, capacity - expected_tokens), slot))
+            if state.state == "warm" and not self.has_front(slot):
+                scores.append((1 << 62, 0, slot))
+            elif state.state in ("cold", "warm"):
+                capacity = self.capacity(slot) if state.state == "warm" else 0
+                scores.append((abs(capacity - wanted), -min(capacity, wanted), slot))
         return min(scores)[2] if scores else None
 
     def has_front(self, slot: int) -> bool:

@@ -260,7 +260,7 @@ def _mooncake_row(line: str, place: Place) -> Request:
         raise place.error(f"is no JSON object: {line[:40]!r}")
     missing = [name for name in ("timestamp", "input_length", "output_length") if name not in row]
     if missing:
-        raise place.error(f"lacks {', '.join(missing)}; a row has timestamp (ms), input_length and output_length")
+        raise place.error(f"lacks {', '.join(missing)}; a row of JSON has timestamp (ms), input_length, output_length")
     stamp = row["timestamp"]
     if isinstance(stamp, bool) or not isinstance(stamp, int | float) or abs(stamp) > _MAX_ARRIVAL_S * 1000:
         raise place.error(f"timestamp is {str(stamp)[:40]!r}; it must be a number of milliseconds")

@@ -42,6 +42,8 @@ def open_trace(place: Place) -> Iterator[BinaryIO]:
     try:
         if path.is_dir():
             raise place.error("this is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise place.error("this is a pipe or a device, and a trace is read more than once; save it to a file first")
         with path.open("rb") as raw:
             is_gzip = raw.read(2) == _GZIP_MAGIC
             raw.seek(0)
