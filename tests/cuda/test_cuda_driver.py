@@ -716,7 +716,7 @@ def test_without_cuda_python_the_error_says_what_to_install() -> None:
             print(error)
         """
     )
-    assert "pip install 'vmem_kv[cuda]'" in output
+    assert "pip install cuda-bindings" in output
 
 
 def test_a_forked_child_is_refused_and_harms_nobody(emulator: Emulator, driver: CudaDriver) -> None:

@@ -589,7 +589,7 @@ def _load_cuda() -> Any:
     try:
         from cuda.bindings import driver as cuda
     except ImportError as error:
-        raise ConfigError(f"cuda-python is missing ({error}); pip install 'vmem_kv[cuda]'") from error
+        raise ConfigError(f"cuda-python is missing ({error}); pip install cuda-bindings") from error
     try:
         (code,) = cuda.cuInit(0)
     except RuntimeError as error:
