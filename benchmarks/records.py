@@ -121,7 +121,10 @@ def describe_run() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "has_uncommitted_changes": bool(_git("status", "--porcelain", "--", "vmem_kv", "native", "benchmarks")),
+        # What earlier runs wrote does not change what this one finds.
+        "has_uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", "vmem_kv", "native", "benchmarks", ":!benchmarks/results")
+        ),
         "python": platform.python_version(),
         "torch": _version("torch"),
         "transformers": _version("transformers"),
