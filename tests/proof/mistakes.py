@@ -5,13 +5,18 @@ Each is a function that changes the package under test through a `MonkeyPatch`.
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import pytest
 
+from vmem_kv import growth
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.base import Handle
+from vmem_kv.driver.host import HostDriver
 from vmem_kv.growth import SlotId
 from vmem_kv.pages import PagePool
 from vmem_kv.region import Region
@@ -19,6 +24,15 @@ from vmem_kv.slots import SlotTable
 from vmem_kv.testing import FaultyDriver
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
+
+
+def rewritten(function: FunctionType, old: str, new: str) -> Any:
+    """A function with a piece of its source replaced; the piece must be there, once."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{function.__qualname__} has another text now; plant this mistake anew"
+    made = dict(function.__globals__)
+    exec(source.replace(old, new), made)
+    return made[function.__name__]
 
 
 def leaks_one_page(patch: pytest.MonkeyPatch) -> None:
@@ -93,6 +107,82 @@ def exceeds_the_budget(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PagePool, "take", generous)
 
 
+def maps_a_page_too_many(patch: pytest.MonkeyPatch) -> None:
+    """Where rows end with a page, it maps the next one too."""
+    ceil, wrong = "-(-n_tokens * plane.token_bytes // page_bytes)", "n_tokens * plane.token_bytes // page_bytes + 1"
+    patch.setattr("vmem_kv.cache.plan_growth", rewritten(growth.plan_growth, ceil, wrong))  # type: ignore[arg-type]
+
+
+def scrubs_as_the_first_neighbour_needs(patch: pytest.MonkeyPatch) -> None:
+    wrong = rewritten(KVCache.acquire_adjacent, "slots.domain[slot_id]", "slots.domain.get(chosen[0])")  # type: ignore[arg-type]
+    patch.setattr(KVCache, "acquire_adjacent", wrong)
+
+
+def does_not_refund_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PagePool, "_disown", lambda pool, n_pages: setattr(pool, "n_owned", pool.n_owned - n_pages))
+
+
+def shows_stale_pages(patch: pytest.MonkeyPatch) -> None:
+    take = PagePool.take
+    patch.setattr(PagePool, "take", lambda pool, places: (take(pool, places)[0], 0))
+
+
+def shows_stale_warm_slots(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Region, "scrub", lambda region, slot_id: None)
+
+
+def maps_one_page_twice(patch: pytest.MonkeyPatch) -> None:
+    """Below everything that keeps books: all of them say that each page is mapped once."""
+    original = HostDriver.map
+
+    def alias(driver: HostDriver, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
+        first = min(driver._pages)
+        original(driver, page_bytes, addresses, [first if h % (page_bytes * 7) == 0 else h for h in handles])
+
+    patch.setattr(HostDriver, "map", alias)
+
+
+def miscounts_mappings(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Region, "_count_mappings", lambda region, handles: len(handles) // 3)
+
+
+def maps_a_page_too_few(patch: pytest.MonkeyPatch) -> None:
+    """It stops short of the last tokens."""
+    original = KVCache.ensure
+
+    def stingy(cache: KVCache, lengths: dict[SlotId, int]) -> None:
+        n_most = cache.layout.max_tokens - 8
+        original(cache, {slot_id: min(n, n_most) for slot_id, n in lengths.items()})
+
+    patch.setattr(KVCache, "ensure", stingy)
+
+
+def reclaims_the_newest_first(patch: pytest.MonkeyPatch) -> None:
+    original = SlotTable.settle
+
+    def settle(table: SlotTable, slot_id: SlotId, capacity: int) -> None:
+        original(table, slot_id, capacity)
+        table.warm = dict(sorted(table.warm.items(), key=lambda item: item[0] != slot_id))
+
+    patch.setattr(SlotTable, "settle", settle)
+
+
+def forgets_what_create_made_before_it_failed(patch: pytest.MonkeyPatch) -> None:
+    release = PagePool._release
+
+    def forget(pool: PagePool, handles: Sequence[Handle], *, raise_error: bool = False) -> None:
+        if raise_error:
+            release(pool, handles, raise_error=True)
+
+    patch.setattr(PagePool, "_release", forget)
+
+
+def leaves_a_slot_busy(patch: pytest.MonkeyPatch) -> None:
+    unbusy = KVCache._unbusy
+    patch.setattr(KVCache, "_unbusy", lambda cache, slots: None if cache.region.broken else unbusy(cache, slots))
+    patch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.01)  # or whoever meets it waits for a minute
+
+
 IN_ANY_RUN: tuple[Mistake, ...] = (
     leaks_one_page,
     maps_one_page_for_two,
@@ -105,6 +195,17 @@ IN_ANY_RUN: tuple[Mistake, ...] = (
     commits_before_it_maps,
     adopts_the_first_warm_slot,
     exceeds_the_budget,
+    maps_a_page_too_many,
+    scrubs_as_the_first_neighbour_needs,
+    does_not_refund_memory,
+    shows_stale_pages,
+    shows_stale_warm_slots,
+    maps_one_page_twice,
+    miscounts_mappings,
+    maps_a_page_too_few,
+    reclaims_the_newest_first,
+    forgets_what_create_made_before_it_failed,
+    leaves_a_slot_busy,
 )
 """What random operations with faults must find."""
 
@@ -116,5 +217,15 @@ IN_A_SWEEP: tuple[Mistake, ...] = (
     does_not_refund_mappings,
     reuses_pages_whose_unmap_failed,
     commits_before_it_maps,
+    maps_a_page_too_many,
+    scrubs_as_the_first_neighbour_needs,
+    does_not_refund_memory,
+    shows_stale_pages,
+    shows_stale_warm_slots,
+    maps_one_page_twice,
+    miscounts_mappings,
+    maps_a_page_too_few,
+    forgets_what_create_made_before_it_failed,
+    leaves_a_slot_busy,
 )
-"""What a sweep over two scenarios must find."""
+"""What a sweep over three scenarios must find."""

@@ -41,7 +41,7 @@ from vmem_kv.testing import (
     natural_error,
     no_faults,
 )
-from vmem_kv.testing.operations import odd_layout
+from vmem_kv.testing.operations import ROWS
 
 from ..core.bench import books
 from .drivers import physical_bytes
@@ -67,12 +67,13 @@ class Sequence:
 class Story:
     """See this file's first lines."""
 
-    def __init__(self, device: Driver, plan: Plan, kind: str, *, keep_freed: bool, max_pages: int) -> None:
+    def __init__(self, device: Driver, plan: Plan, kind: str, *, rows: str, keep_freed: bool, max_pages: int) -> None:
         self.device = device
         self.faulty = FaultyDriver(device, plan)
         self.driver = CheckedDriver(self.faulty)
         self.page_bytes = device.info.granularity_bytes
         self.kind = kind
+        self.rows = rows
         self.pool = PagePool(self.driver, self.page_bytes, max_pages, keep_freed=keep_freed)
         self.caches: list[KVCache] = []
         self.sequences: list[Sequence] = []
@@ -80,6 +81,9 @@ class Story:
         self.n_failed_calls = 0
         self._n_sequences = 0
         self._spares: list[SlotId] = []
+        self._adopted: set[SlotId] = set()  # of the last cache's slots, those taken over from their own domain
+        self._numbers: dict[str, list[int]] = {}  # the sequences that a domain ever had
+        self._ledger_before = (device.ledger.n_bytes, device.ledger.n_mappings)
 
     # What a scenario is made of. The cache is the one opened last.
 
@@ -88,8 +92,9 @@ class Story:
         return self.caches[-1]
 
     def open(self, n_slots: int = 8) -> None:
-        layout = odd_layout(self.kind, self.page_bytes, n_slots=n_slots, max_tokens=MAX_TOKENS)
+        layout = ROWS[self.rows](self.kind, self.page_bytes, n_slots=n_slots, max_tokens=MAX_TOKENS)
         self.attempt(lambda: self.caches.append(KVCache(self.pool, layout)))
+        self._adopted = set()
 
     def begin(self, domain: str | None = None, expected_tokens: int | None = None) -> Sequence:
         return self.attempt(lambda: self._begin(domain, expected_tokens))
@@ -99,8 +104,8 @@ class Story:
         self._spares.append(self.attempt(lambda: self.cache.acquire(expected_tokens=0, domain="spare")))
 
     def begin_two(self) -> list[Sequence]:
-        slots = self.attempt(lambda: self.kept(lambda: self.cache.acquire_adjacent(2, domain="two")))
-        return [self._sequence(slot_id, "two", is_adopted=True) for slot_id in slots]
+        slots = self.attempt(lambda: self._acquire("two", None, 2))
+        return [self._sequence(slot_id, "two") for slot_id in slots]
 
     def grow(self, lengths: dict[int, int]) -> None:
         """Sequences, by their place in the list, get these lengths."""
@@ -169,21 +174,32 @@ class Story:
 
     def _begin(self, domain: str | None, expected_tokens: int | None) -> Sequence:
         name = domain or f"alone {self._n_sequences}"
-        slot = self._acquire(name, expected_tokens)
-        return self._sequence(slot, name, is_adopted=domain is not None)
+        (slot,) = self._acquire(name, expected_tokens, 1)
+        return self._sequence(slot, name)
 
-    def _acquire(self, domain: str, expected_tokens: int | None = None) -> SlotId:
+    def _acquire(self, domain: str, expected_tokens: int | None, n_slots: int) -> list[SlotId]:
+        def call() -> list[SlotId]:
+            cache, past = self.cache, dict(self.cache._slots.domain)
+            if n_slots == 1:
+                slots = [cache.acquire(expected_tokens=expected_tokens, domain=domain)]
+            else:
+                slots = list(cache.acquire_adjacent(n_slots, expected_tokens=expected_tokens, domain=domain))
+            self._adopted |= {slot for slot in slots if past.get(slot) == domain}
+            self._adopted -= {slot for slot in slots if past.get(slot) != domain}
+            return slots
+
         try:
-            return self.kept(lambda: self.cache.acquire(expected_tokens=expected_tokens, domain=domain))
+            return self.kept(call)
         except OutOfSlots:
             if not self._spares or not self.cache.region.broken:
                 raise
             self.cache.retire(self._spares.pop())
-            return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
+            return call()
 
-    def _sequence(self, slot: SlotId, domain: str, *, is_adopted: bool) -> Sequence:
+    def _sequence(self, slot: SlotId, domain: str) -> Sequence:
         self._n_sequences += 1
-        self.sequences.append(Sequence(self._n_sequences, domain, slot, is_adopted=is_adopted))
+        self._numbers.setdefault(domain, []).append(self._n_sequences)
+        self.sequences.append(Sequence(self._n_sequences, domain, slot, is_adopted=slot in self._adopted))
         return self.sequences[-1]
 
     def _grow(self, lengths: dict[Any, int]) -> None:
@@ -206,7 +222,8 @@ class Story:
         """An unmap failed under a sequence: it begins again in another slot, as its owner would let it."""
         n_tokens, first_token = sequence.n_tokens, sequence.first_token
         self.cache.retire(sequence.slot)
-        sequence.slot = self._acquire(sequence.domain)
+        (sequence.slot,) = self._acquire(sequence.domain, None, 1)
+        sequence.is_adopted = sequence.slot in self._adopted
         sequence.n_tokens = sequence.first_token = sequence.n_written = 0
         self.cache.ensure({sequence.slot: n_tokens})
         self._write(sequence, n_tokens)
@@ -214,26 +231,44 @@ class Story:
         self.cache.slide(sequence.slot, first_token)
 
     def _write(self, sequence: Sequence, n_tokens: int) -> None:
+        self._require_mapped(sequence, min(sequence.n_written, sequence.n_tokens), n_tokens)
         for plane_index, (rows, _) in enumerate(self._rows(sequence, sequence.n_written, n_tokens)):
-            assert sequence.is_adopted or not rows.any(), f"plane {plane_index} shows old bytes"
+            may_show = rows == 0
+            if sequence.is_adopted:
+                for number in self._numbers[sequence.domain]:
+                    may_show |= rows == self._pattern(number, plane_index, sequence.n_written, n_tokens)
+            assert may_show.all(), f"plane {plane_index} shows old bytes"
         sequence.n_written = max(n_tokens, sequence.n_written)
         for rows, expected in self._rows(sequence, min(sequence.n_tokens, n_tokens), n_tokens):
             rows[:] = expected
         sequence.n_tokens = n_tokens
 
+    def _require_mapped(self, sequence: Sequence, first: int, end: int) -> None:
+        """The driver, by its own books, has mapped every row in `[first, end)`: to touch another would be the end."""
+        step = self.page_bytes
+        for plane in self.cache.layout.planes:
+            start = plane.base_bytes + sequence.slot * plane.span_bytes
+            pages = range((start + first * plane.token_bytes) // step, -(-(start + end * plane.token_bytes) // step))
+            base = self.cache.region.reservation.base
+            assert first >= end or all(base + page * step in self.driver._mapped for page in pages), "not mapped"
+
     def _rows(self, sequence: Sequence, first: int, end: int) -> Iterable[tuple[Any, Any]]:
         """Per plane, the bytes `[first, end)` of a sequence and what they should be; views of `[token, byte]`."""
         if first >= end:
             return
-        tokens = np.arange(first, end)[:, None]
         for plane_index, plane in enumerate(self.cache.layout.planes):
             base = self.cache.region.reservation.base + plane.base_bytes + sequence.slot * plane.span_bytes
             memory = (ctypes.c_char * ((end - first) * plane.token_bytes)).from_address(
                 base + first * plane.token_bytes
             )
             rows = np.frombuffer(memory, np.uint8).reshape(end - first, plane.token_bytes)
-            seed = sequence.number * 101 + plane_index * 57 + 1
-            yield rows, (seed + tokens * 31 + np.arange(plane.token_bytes) % 251).astype(np.uint8)
+            yield rows, self._pattern(sequence.number, plane_index, first, end)
+
+    def _pattern(self, number: int, plane_index: int, first: int, end: int) -> Any:
+        """The bytes that a sequence of this number writes to its rows `[first, end)` of a plane."""
+        seed, tokens = number * 101 + plane_index * 57 + 1, np.arange(first, end)[:, None]
+        n_bytes = self.cache.layout.planes[plane_index].token_bytes
+        return (seed + tokens * 31 + np.arange(n_bytes) % 251).astype(np.uint8)
 
     def _retire(self, gone: list[Sequence], fence: ManualFence | None) -> None:
         still = [s for s in gone if s in self.sequences]
@@ -281,9 +316,16 @@ class Story:
         assert self.pool.n_owned == self.driver.n_live_handles
         assert self.pool.n_in_flight == 0
         assert physical_bytes(self.device) == self.pool.n_owned * self.page_bytes
+        self._check_ledger()
         for sequence in self.sequences:
             for rows, expected in self._rows(sequence, sequence.first_token, sequence.n_tokens):
                 assert np.array_equal(rows, expected), f"sequence {sequence.number} lost bytes"
+
+    def _check_ledger(self) -> None:
+        """The ledger, which nobody else charges meanwhile, counts what the pool holds."""
+        ledger, (n_bytes, n_mappings) = self.device.ledger, self._ledger_before
+        assert ledger.n_bytes - n_bytes == self.pool.n_owned * self.page_bytes
+        assert ledger.n_mappings - n_mappings == self.pool.n_mappings
 
     def end(self) -> None:
         """After `close`: nothing is left but pages whose release failed, and those are counted."""
@@ -292,8 +334,10 @@ class Story:
         assert left == (0, 0, 0), left
         assert self.driver.n_live_handles == n_lost == self.pool.n_owned
         assert physical_bytes(self.device) == n_lost * self.page_bytes
+        self._check_ledger()
         for handle in self.pool._quarantined:
             self.device.release(self.page_bytes, [handle])
+        self.device.ledger.refund_bytes(n_lost * self.page_bytes)
 
 
 def active_part(cache: KVCache) -> dict[str, object]:
@@ -374,6 +418,22 @@ def retires_and_adopts(story: Story) -> None:
     story.retire(0)
     story.begin_two()
     story.grow({1: 10, 2: 20})
+    story.checkpoint()
+
+
+def adopts_neighbours(story: Story) -> None:
+    story.open()
+    story.begin("two")
+    story.begin("other")
+    story.grow({0: 30, 1: 20})
+    story.retire(0, 1)
+    story.begin_two()  # one as it is, the other scrubbed
+    story.grow({0: 35, 1: 25})
+    story.checkpoint()
+    story.retire(0, 1)
+    story.begin("two", 35)
+    story.begin("two", 25)
+    story.grow({0: 30, 1: 36})
     story.checkpoint()
 
 
@@ -465,6 +525,7 @@ SCENARIOS: tuple[Callable[[Story], None], ...] = (
     truncates,
     slides,
     retires_and_adopts,
+    adopts_neighbours,
     slides_and_adopts,
     reclaims_under_pressure,
     resizes,
@@ -499,9 +560,11 @@ COMPOUND_PLANS: dict[str, Callable[[int], Plan]] = {
 }
 
 
-def live(device: Driver, plan: Plan, scenario: Callable[[Story], None], kind: str, *, keep_freed: bool) -> Story:
+def live(
+    device: Driver, plan: Plan, scenario: Callable[[Story], None], kind: str, *, rows: str, keep_freed: bool
+) -> Story:
     """Live one scenario from the beginning to the end."""
-    story = Story(device, plan, kind, keep_freed=keep_freed, max_pages=200)
+    story = Story(device, plan, kind, rows=rows, keep_freed=keep_freed, max_pages=200)
     scenario(story)
     story.check()
     story.close()
@@ -515,6 +578,7 @@ def sweep(
     *,
     keep_freed: bool,
     plans: Iterable[str],
+    rows: str = "odd",
     scenarios: Iterable[Callable[[Story], None]] = SCENARIOS,
     only: Callable[[Story, str, int], bool] = lambda story, plan, n: True,
 ) -> Counter[str]:
@@ -525,13 +589,14 @@ def sweep(
         kind: The layout.
         keep_freed: Whether the pool keeps freed pages.
         plans: Names of `PLANS` or `COMPOUND_PLANS`.
+        rows: How the rows of a plane lie on its pages, a name in `ROWS`.
         scenarios: What to live.
         only: Whether a point is worth it, given the story lived without faults, the plan and the point's number.
     """
     makers = PLANS | COMPOUND_PLANS
     counts: Counter[str] = Counter()
     for scenario in scenarios:
-        calm = live(device, no_faults, scenario, kind, keep_freed=keep_freed)
+        calm = live(device, no_faults, scenario, kind, rows=rows, keep_freed=keep_freed)
         assert calm.n_failed_calls == 0
         gc.collect()  # what tests before this one left behind must not go in the middle
         baseline = open_files_and_threads()
@@ -540,12 +605,12 @@ def sweep(
                 if not only(calm, name, n):
                     continue
                 try:
-                    story = live(device, makers[name](n), scenario, kind, keep_freed=keep_freed)
+                    story = live(device, makers[name](n), scenario, kind, rows=rows, keep_freed=keep_freed)
                     assert story.faulty.faults, "the point was not reached"
                     assert story.held == calm.held, "what the sequences hold differs from a life without faults"
                     assert open_files_and_threads() == baseline
                 except BaseException as error:
-                    where = f"{scenario.__name__}, {kind}, keep_freed={keep_freed}, {name}, point {n}"
+                    where = f"{scenario.__name__}, {kind}, {rows} rows, keep_freed={keep_freed}, {name}, point {n}"
                     raise AssertionError(f"{where}: {error!r}") from error
                 counts[name] += 1
                 counts["faults"] += len(story.faulty.faults)

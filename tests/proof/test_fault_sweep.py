@@ -11,8 +11,16 @@ from vmem_kv.errors import VmemError
 
 from .conftest import Record
 from .drivers import open_driver
-from .mistakes import IN_A_SWEEP, Mistake, does_not_scrub
-from .sweeping import COMPOUND_PLANS, PLANS, Story, grows_several_across_planes, reclaims_under_pressure, sweep
+from .mistakes import IN_A_SWEEP, Mistake, does_not_scrub, maps_a_page_too_many, shows_stale_pages
+from .sweeping import (
+    COMPOUND_PLANS,
+    PLANS,
+    Story,
+    adopts_neighbours,
+    grows_several_across_planes,
+    reclaims_under_pressure,
+    sweep,
+)
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
@@ -20,14 +28,17 @@ OPERATIONS = {"reserve", "create", "map", "set_access", "scrub", "unmap", "relea
 
 
 @pytest.mark.parametrize("keep_freed", [False, True], ids=["freed pages go", "freed pages stay"])
-@pytest.mark.parametrize("kind", ["per_layer", "group:2", "token_major"])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("per_layer", "odd"), ("group:2", "odd"), ("token_major", "odd"), ("per_layer", "exact")]
+)
 def test_any_call_may_fail_once_or_from_then_on(
-    driver: Driver, driver_name: str, kind: str, keep_freed: bool, record: Record
+    driver: Driver, driver_name: str, kind: str, rows: str, keep_freed: bool, record: Record
 ) -> None:
-    counts = sweep(driver, kind, keep_freed=keep_freed, plans=PLANS)
+    counts = sweep(driver, kind, rows=rows, keep_freed=keep_freed, plans=PLANS)
     assert counts["once"] == counts["from then on"] == counts["points"]
     record(
-        f"fault sweep, {driver_name}, {kind}, keep_freed={keep_freed}: {counts['points']} injection points, "
+        f"fault sweep, {driver_name}, {kind}, {rows} rows, keep_freed={keep_freed}: "
+        f"{counts['points']} injection points, "
         f"{counts['once'] + counts['from then on']} lives, {counts['faults']} faults"
     )
 
@@ -76,13 +87,25 @@ def test_the_scenarios_reach_every_operation(driver: Driver) -> None:
 # The sweep is seen to fail.
 
 
-KEEP_FREED = (does_not_scrub,)
+KEEP_FREED = (does_not_scrub, shows_stale_pages)
+EXACT_ROWS = (maps_a_page_too_many,)
 
 
 @pytest.mark.parametrize("mistake", IN_A_SWEEP)
 def test_the_sweep_finds_a_planted_mistake(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.01)
     mistake(monkeypatch)
-    scenarios: Collection[Callable[[Story], None]] = [grows_several_across_planes, reclaims_under_pressure]
+    scenarios: Collection[Callable[[Story], None]] = [
+        grows_several_across_planes,
+        reclaims_under_pressure,
+        adopts_neighbours,
+    ]
     with pytest.raises((AssertionError, VmemError)):
-        sweep(open_driver("native"), "group:2", keep_freed=mistake in KEEP_FREED, plans=PLANS, scenarios=scenarios)
+        sweep(
+            open_driver("native"),
+            "group:2",
+            rows="exact" if mistake in EXACT_ROWS else "odd",
+            keep_freed=mistake in KEEP_FREED,
+            plans=PLANS,
+            scenarios=scenarios,
+        )

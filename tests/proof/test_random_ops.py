@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmem_kv.driver.base import Driver
-from vmem_kv.testing.operations import MAX_TOKENS, Found, Operation, Run, random_run
+from vmem_kv.testing.operations import MAX_TOKENS, ROWS, Found, Operation, Run, random_run
 from vmem_kv.testing.shrink import repeat, shrink, shrink_run
 from vmem_kv.testing.targets import open_driver as open_by_name
 
 from .conftest import Record
 from .drivers import OPENERS, open_driver
-from .mistakes import IN_ANY_RUN, Mistake, does_not_scrub
+from .mistakes import IN_ANY_RUN, Mistake, does_not_scrub, scrubs_as_the_first_neighbour_needs
 
 SHARDS = {("native", seed): 100_000 for seed in range(1, 9)} | {("cuda", seed): 50_000 for seed in range(1, 5)}
 """(driver, seed) -> operations in the short form; 100 times as many in the long one."""
@@ -43,6 +43,40 @@ def test_random_operations_find_a_planted_mistake(mistake: Mistake, monkeypatch:
     mistake(monkeypatch)
     with pytest.raises(Found):
         random_run(1, 20_000, open_driver("native"))
+
+
+def adopt_two_neighbours(driver: Driver, domains: str, *, rows: str) -> None:
+    """Slots 0 and 1 had sequences of these domains; domain "a" adopts both. What was not its own must be zero."""
+    run = Run(driver, "per_layer", rows=rows, n_slots=2, max_pages=60)
+    for slot, domain in enumerate(domains):
+        assert run.acquire(0, domain) == slot
+    run.ensure({0: MAX_TOKENS, 1: MAX_TOKENS})
+    for slot in (0, 1):
+        run.retire(slot, None)
+    n_read = run.n_mapped
+    assert run.acquire_adjacent(2, MAX_TOKENS, "a") == [0, 1]
+    n_pages = len(run.model.pages) // 2
+    assert run.n_mapped - n_read == domains.count("b") * n_pages  # each of them was read and is zero
+    plane = run.layout.planes[0]
+    first_bytes = [
+        run.memory.read(run.cache.region.reservation.base + plane.base_bytes + slot * plane.span_bytes, 16)
+        for slot in (0, 1)
+    ]
+    assert [any(data) for data in first_bytes] == [domain == "a" for domain in domains]
+    run.finish()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("domains", ["aa", "ab", "ba", "bb"])
+def test_neighbours_are_scrubbed_each_by_its_own_past(driver: Driver, domains: str, rows: str) -> None:
+    adopt_two_neighbours(driver, domains, rows=rows)
+
+
+@pytest.mark.parametrize("domains", ["ab", "ba"])
+def test_a_scrub_decided_by_the_first_neighbour_is_seen(domains: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scrubs_as_the_first_neighbour_needs(monkeypatch)
+    with pytest.raises(AssertionError):
+        adopt_two_neighbours(open_driver("native"), domains, rows="odd")
 
 
 def test_a_finding_is_a_program_that_repeats_it_and_can_be_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +112,7 @@ def operations() -> st.SearchStrategy[Operation]:
     """Any operation, whether it makes sense or not."""
     arguments: dict[str, st.SearchStrategy[tuple[object, ...]]] = {
         "acquire": st.tuples(st.integers(0, MAX_TOKENS), st.sampled_from("ab")),
+        "acquire_adjacent": st.tuples(st.integers(1, 3), st.integers(0, MAX_TOKENS), st.sampled_from("ab")),
         "ensure": st.tuples(LENGTHS),
         "premap": st.tuples(LENGTHS),
         "slide": st.tuples(SLOTS, st.integers(1, MAX_TOKENS), st.none() | FENCES),
@@ -105,10 +140,10 @@ def test_hypothesis_finds_no_list_of_operations_that_goes_wrong(driver: Driver, 
     n_done = 0
 
     @SETTINGS
-    @given(st.lists(operations(), min_size=5, max_size=60), st.booleans())
-    def try_list(wanted: list[Operation], keep_freed: bool) -> None:
+    @given(st.lists(operations(), min_size=5, max_size=60), st.sampled_from(sorted(ROWS)), st.booleans())
+    def try_list(wanted: list[Operation], rows: str, keep_freed: bool) -> None:
         nonlocal n_done
-        run = Run(driver, "group:2", n_slots=3, max_pages=24, keep_freed=keep_freed)
+        run = Run(driver, "group:2", rows=rows, n_slots=3, max_pages=24, keep_freed=keep_freed)
         for operation in wanted:
             if makes_sense(run, operation):
                 run.do(operation)

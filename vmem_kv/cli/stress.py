@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.syntax import Syntax
 
 from vmem_kv.errors import ConfigError
+from vmem_kv.testing.stress import Finding, StressOptions, run_stress
 from vmem_kv.testing.stress import Progress as Done
-from vmem_kv.testing.stress import StressOptions, run_stress
 from vmem_kv.testing.targets import open_driver
 
 DEFAULT_OPS = 100_000
@@ -31,12 +33,17 @@ def stress(
         typer.Option("--ops", min=1, help="Stop after so many operations.", show_default=f"{DEFAULT_OPS:,}"),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="Stop after so long; with --ops, at what comes first.")
+        float | None, typer.Option(help="Stop after so long, more than 0; with --ops, at what comes first.")
     ] = None,
     faults: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of operations in which driver calls fail.")
     ] = 0.15,
-    threads: Annotated[int, typer.Option(min=1, max=64, help="With more than one, every other round is theirs.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, max=64, help="With more than one, every other round is theirs, the first one too.")
+    ] = 1,
+    first_round: Annotated[
+        int, typer.Option("--round", min=0, help="Begin with this round, as the report of a finding says.")
+    ] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Let the allocator prove itself on this machine: random operations, with driver calls that fail.
@@ -45,7 +52,8 @@ def stress(
     K and V row of every sequence must carry its owner's tag, and pages given to somebody must be zero. Ctrl-C ends it
     with the verdict so far; a finding ends it with a short program that repeats it.
 
-    Exits with 0 where nothing was found, with 1 on a finding, with 2 where it could not begin.
+    Exits with 0 where nothing was found, with 1 on a finding, with 2 where it could not begin or nothing was tried,
+    with 130 where it was interrupted twice.
 
     Try one of these:
 
@@ -56,24 +64,32 @@ def stress(
     - `vmem-kv stress --driver cuda:0 --threads 4`
     """
     out, err = Console(), Console(file=sys.stderr)
+    if minutes is not None and not minutes > 0:
+        raise typer.BadParameter("it must be more than 0", param_hint="--minutes")
     n_ops = DEFAULT_OPS if ops is None and minutes is None else ops
-    options = StressOptions(driver, seed, n_ops, None if minutes is None else minutes * 60, faults, threads)
-    try:
-        open_driver(driver).close()
-    except ConfigError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    with _bar(err) as bar, _interruptible() as is_interrupted:
-        task = bar.add_task("", total=_total(options), counters="")
+    options = StressOptions(
+        driver, seed, n_ops, None if minutes is None else minutes * 60, faults, threads, first_round
+    )
+    with _interruptible() as is_interrupted:
+        try:
+            open_driver(driver).close()
+        except ConfigError as error:
+            advice = "; without a GPU, run it with --driver host" if driver.startswith("cuda:") else ""
+            err.print(f"[bold red]error:[/] {escape(str(error) + advice)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        with _bar(err) as bar:
+            task = bar.add_task("", total=_total(options), counters="")
 
-        def show(done: Done) -> bool:
-            bar.update(task, completed=_share(options, done), counters=_counters(done))
-            return not is_interrupted
+            def show(done: Done) -> bool:
+                bar.update(task, completed=_share(options, done), counters=_counters(done))
+                return not is_interrupted
 
-        done = run_stress(options, lambda: open_driver(driver), on_progress=show)
+            done = run_stress(options, lambda: open_driver(driver), on_progress=show)
     _print_verdict(out, options, done)
     if done.findings:
         raise typer.Exit(1)
+    if not done.n_ops:
+        raise typer.Exit(2)
 
 
 def _bar(console: Console) -> Progress:
@@ -83,12 +99,16 @@ def _bar(console: Console) -> Progress:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """A list that is no longer empty once the user has interrupted. A second interruption is the usual one."""
+    """A list that is no longer empty once the user has interrupted. A second interruption is the usual one.
+
+    What it says goes past rich: it may come in the middle of anything.
+    """
     seen: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         seen.append(number)
         signal.signal(signal.SIGINT, before)
+        os.write(2, b"interrupted: this round is finished first; interrupt once more to end at once\n")
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -111,9 +131,10 @@ def _share(options: StressOptions, done: Done) -> float:
 
 
 def _counters(done: Done) -> str:
+    threaded = f" ({done.n_threaded_ops:,} of them by threads)" if done.n_threaded_ops else ""
     return (
-        f"{done.n_ops:,} operations, {done.n_faults:,} faults, {done.n_pages:,} pages, {done.n_checks:,} tags, "
-        f"{len(done.findings)} findings"
+        f"{done.n_ops:,} operations{threaded}, {done.n_faults:,} faults, {done.n_pages:,} pages, "
+        f"{done.n_checks:,} tags, {len(done.findings)} findings"
     )
 
 
@@ -123,6 +144,9 @@ def _print_verdict(out: Console, options: StressOptions, done: Done) -> None:
         how += f", {options.n_threads} threads"
     stopped = ", stopped by the user" if done.was_stopped else ""
     out.print(f"{_counters(done)}, in {done.seconds:.1f} s ({how}){stopped}", highlight=False, soft_wrap=True)
+    if not done.findings and not done.n_ops:
+        out.print("[bold yellow]nothing was tried[/]: this says nothing about the allocator", highlight=False)
+        return
     if not done.findings:
         out.print("[bold green]clean[/]: nothing was found", highlight=False)
         return
@@ -134,4 +158,14 @@ def _print_verdict(out: Console, options: StressOptions, done: Done) -> None:
             out.print("To repeat it:", highlight=False)
             out.print(Syntax(finding.program, "python", background_color="default", word_wrap=True))
         else:
-            out.print("Threads found it: the seed repeats what they chose, not who came first.", highlight=False)
+            out.print("To repeat it, a few times if need be:", highlight=False)
+            out.print(f"    {_command(options, finding)}", highlight=False, soft_wrap=True, markup=False)
+            if options.n_threads > 1:
+                out.print("It repeats what threads chose, not who came first.", highlight=False)
+
+
+def _command(options: StressOptions, finding: Finding) -> str:
+    """The command that makes the round of a finding once more, alone."""
+    words = ["vmem-kv", "stress", "--driver", options.driver_name, "--seed", str(options.seed)]
+    words += ["--faults", repr(options.fault_share), "--threads", str(options.n_threads)]
+    return shlex.join([*words, "--round", str(finding.round), "--ops", str(finding.n_ops)])

@@ -119,21 +119,28 @@ class ReferenceModel:
         warm = [slot for slot, state in enumerate(self.slots) if state.state == "warm"]
         return sorted(warm, key=lambda slot: self.slots[slot].retired_at)
 
-    def best_slot(self, expected_tokens: int) -> int | None:
-        """The slot that best fit must choose: least off what is wanted, then most of it there, then the first.
+    def best_slots(self, n_slots: int, expected_tokens: int) -> list[int]:
+        """The neighbours that best fit must choose: least off what is wanted, then most of it there, then the first.
+
+        Off and there are added up over the neighbours. None where no `n_slots` of them are nobody's.
 
         Wanted is the capacity that a fresh slot would have at the expected length. What is cold has none; a warm slot
         without its front must be unmapped first: the last resort.
         """
         wanted = self.capacity_of(expected_tokens)
-        scores = []
+        scores: dict[int, tuple[int, int]] = {}
         for slot, state in enumerate(self.slots):
             if state.state == "warm" and not self.has_front(slot):
-                scores.append((1 << 62, 0, slot))
+                scores[slot] = (1 << 62, 0)
             elif state.state in ("cold", "warm"):
                 capacity = self.capacity(slot) if state.state == "warm" else 0
-                scores.append((abs(capacity - wanted), -min(capacity, wanted), slot))
-        return min(scores)[2] if scores else None
+                scores[slot] = (abs(capacity - wanted), -min(capacity, wanted))
+        runs = []
+        for first in range(self.n_slots - n_slots + 1):
+            run = range(first, first + n_slots)
+            if all(slot in scores for slot in run):
+                runs.append((sum(scores[s][0] for s in run), sum(scores[s][1] for s in run), first))
+        return list(range(min(runs)[2], min(runs)[2] + n_slots)) if runs else []
 
     def has_front(self, slot: int) -> bool:
         """Whether every page that was ever mapped under the slot's sequence is mapped still."""

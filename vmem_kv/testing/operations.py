@@ -75,12 +75,24 @@ def odd_layout(kind: str, page_bytes: int, *, n_slots: int, max_tokens: int = MA
     return Layout.build(kind, layers, n_slots=n_slots, max_tokens=max_tokens, page_bytes=page_bytes)
 
 
+def exact_layout(kind: str, page_bytes: int, *, n_slots: int, max_tokens: int = MAX_TOKENS) -> Layout:
+    """Lay out two layers whose rows divide a page, in every plane of every kind: many lengths end where a page ends."""
+    scale = max(1, page_bytes // _SMALL_PAGE_BYTES)
+    layer = LayerSpec(TensorSpec(2, 64 * scale, 2), TensorSpec(1, 64 * scale, 4))
+    return Layout.build(kind, (layer, layer), n_slots=n_slots, max_tokens=max_tokens, page_bytes=page_bytes)
+
+
+ROWS: dict[str, Callable[..., Layout]] = {"odd": odd_layout, "exact": exact_layout}
+"""How the rows of a plane lie on its pages."""
+
+
 class Run:
     """A cache, its model, and what was done to them.
 
     Args:
         driver: What to run on; it is not closed.
         kind: The layout.
+        rows: Its rows, a name in `ROWS`.
         n_slots: How many slots.
         max_pages: The budget.
         keep_freed: Whether the pool keeps freed pages.
@@ -91,23 +103,31 @@ class Run:
         driver: Driver,
         kind: str = "per_layer",
         *,
+        rows: str = "odd",
         n_slots: int = 4,
         max_pages: int = 40,
         keep_freed: bool = False,
     ) -> None:
-        self.settings = {"kind": kind, "n_slots": n_slots, "max_pages": max_pages, "keep_freed": keep_freed}
+        self.settings = {
+            "kind": kind,
+            "rows": rows,
+            "n_slots": n_slots,
+            "max_pages": max_pages,
+            "keep_freed": keep_freed,
+        }
         self.history: list[Operation] = []
         self.base = driver
         self.faulty = FaultyDriver(driver)
         self.driver = CheckedDriver(self.faulty)
         self.page_bytes = driver.info.granularity_bytes
+        self._ledger_before = (driver.ledger.n_bytes, driver.ledger.n_mappings)
         self.pool = PagePool(self.driver, self.page_bytes, max_pages, keep_freed=keep_freed)
-        self.layout = odd_layout(kind, self.page_bytes, n_slots=n_slots)
+        self.layout = ROWS[rows](kind, self.page_bytes, n_slots=n_slots)
         self.cache = KVCache(self.pool, self.layout)
         self.memory = HostMemory() if driver.info.device == "cpu" else DriverMemory(driver)
         self.tags = ShadowTags(self.layout, words_of(driver, self.cache.region.reservation))
-        rows = [plane.token_bytes for plane in self.layout.planes]
-        self.model = ReferenceModel(rows, self.page_bytes, n_slots, MAX_TOKENS, max_pages, keep_freed)
+        row_bytes = [plane.token_bytes for plane in self.layout.planes]
+        self.model = ReferenceModel(row_bytes, self.page_bytes, n_slots, MAX_TOKENS, max_pages, keep_freed)
         self.fences: dict[int, tuple[int, ManualFence, int | None]] = {}  # number -> slot, fence, first token of slide
         self.n_ops = self.n_faults = self.n_sequences = self.n_mapped = 0
         self._sequences: dict[int, int] = {}  # by slot
@@ -121,25 +141,19 @@ class Run:
     def acquire(self, expected_tokens: int, domain: str, fault: Fault = None) -> int | None:
         """Begin a sequence; return its slot."""
         self._begin("acquire", (expected_tokens, domain), fault)
-        best = self.model.best_slot(expected_tokens)
-        try:
-            slot = self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
-        except OutOfSlots:
-            _require(best is None or self.is_faulted, f"slot {best} is free")
-            self._end()
-            return None
-        except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
-            self._end()
-            return None
-        _require(slot == best, f"slot {slot} was chosen, {best} fits best")
-        state = self.model.slots[slot]
-        was_other = state.state == "warm" and state.domain != domain
-        self.model.acquired(slot, domain)
-        self.n_sequences += 1
-        self._sequences[slot] = self.n_sequences
-        self._end({page for page in self.model.pages if page[0] == slot and was_other})  # scrubbed
-        return slot
+        acquire = self.cache.acquire
+        slots = self._acquire(
+            1, expected_tokens, domain, lambda: [acquire(expected_tokens=expected_tokens, domain=domain)]
+        )
+        return slots[0] if slots else None
+
+    def acquire_adjacent(self, n_slots: int, expected_tokens: int, domain: str, fault: Fault = None) -> list[int]:
+        """Begin sequences in neighbouring slots; return the slots, none where there are not so many."""
+        self._begin("acquire_adjacent", (n_slots, expected_tokens, domain), fault)
+        acquire = self.cache.acquire_adjacent
+        return self._acquire(
+            n_slots, expected_tokens, domain, lambda: acquire(n_slots, expected_tokens=expected_tokens, domain=domain)
+        )
 
     def ensure(self, lengths: dict[int, int], fault: Fault = None) -> None:
         """Grow or truncate sequences, and let them write their new rows."""
@@ -289,8 +303,10 @@ class Run:
         left = (self.driver.n_live_mappings, self.driver.n_live_reservations, self.pool.n_mappings)
         _require(left == (0, 0, 0), f"mappings, reservations and mappings in the books that are left: {left}")
         _require(self.driver.n_live_handles == len(lost) == self.pool.n_owned, "pages are left that nobody knows")
+        self._require_ledger()
         for handle in lost:
             self.base.release(self.page_bytes, [handle])
+        self.base.ledger.refund_bytes(len(lost) * self.page_bytes)
 
     # Lists of operations
 
@@ -300,6 +316,8 @@ class Run:
         slots = self.model.slots
         if name in ("ensure", "premap"):
             return all(s in live and slots[s].first_token <= n for s, n in arguments[0].items())
+        if name == "acquire_adjacent":
+            return bool(arguments[0] <= len(slots))
         if name == "slide":
             slot, first_token = arguments[:2]
             return slot in live and slots[slot].first_token < first_token <= slots[slot].n_tokens
@@ -341,6 +359,28 @@ class Run:
 
     # Inside
 
+    def _acquire(self, n_slots: int, expected_tokens: int, domain: str, call: Callable[[], Sequence[int]]) -> list[int]:
+        best = self.model.best_slots(n_slots, expected_tokens)
+        try:
+            slots = list(call())
+        except OutOfSlots:
+            _require(not best or self.is_faulted, f"slots {best} are free")
+            self._end()
+            return []
+        except DriverError:
+            _require(self.is_faulted, "a driver error without a fault")
+            self._end()
+            return []
+        _require(slots == best, f"slots {slots} were chosen, {best} fit best")
+        before = {slot: self.model.slots[slot] for slot in slots}
+        others = {slot for slot, state in before.items() if state.state == "warm" and state.domain != domain}
+        for slot in slots:
+            self.model.acquired(slot, domain)
+            self.n_sequences += 1
+            self._sequences[slot] = self.n_sequences
+        self._end({page for page in self.model.pages if page[0] in others})  # scrubbed
+        return slots
+
     def _begin(self, name: str, arguments: tuple[Any, ...], fault: Fault) -> None:
         self.history.append(Operation(name, arguments, fault))
         self.n_ops += 1
@@ -371,10 +411,18 @@ class Run:
         if not is_quiet or not self.n_ops % 8:  # without a driver call, states and lengths alone have changed
             self.cache.check()
         _require(stats.n_owned_pages == self.driver.n_live_handles, "the driver has another number of pages")
+        self._require_ledger()
         self._require_zero(fresh)
         for slot, state in enumerate(self.model.slots):
             if state.state == "active":
                 self.tags.verify(slot, state.first_token, state.n_tokens)
+
+    def _require_ledger(self) -> None:
+        """What the pool holds is what the ledger counts, no more and no less. Nobody else charges it meanwhile."""
+        ledger, before = self.driver.ledger, self._ledger_before
+        counted = (ledger.n_bytes - before[0], ledger.n_mappings - before[1])
+        held = (self.pool.n_owned * self.page_bytes, self.pool.n_mappings)
+        _require(counted == held, f"the ledger counts (bytes, mappings) {counted}, the pool holds {held}")
 
     def _mapped_pages(self) -> set[Page]:
         """What the driver has mapped, by its own books, without pages that are stuck in quarantine."""
@@ -398,7 +446,10 @@ class Run:
         return page
 
     def _require_zero(self, pages: Iterable[Page]) -> None:
-        for slot, plane_index, index in pages:
+        wanted = set(pages)
+        missing = wanted - self._mapped_pages()  # to touch one would end the process
+        _require(not missing, f"pages {sorted(missing)} are not mapped")
+        for slot, plane_index, index in wanted:
             self.n_mapped += 1
             plane = self.layout.planes[plane_index]
             start = self.cache.region.reservation.base + plane.base_bytes + slot * plane.span_bytes
@@ -421,6 +472,8 @@ def step(run: Run, choose: random.Random, fault_share: float = 0.15) -> None:
     kind = choose.random()
     if not live and run.fences and kind < 0.5:
         run.pass_fence(choose.choice(list(run.fences)), fault)
+    elif kind < 0.03:
+        run.acquire_adjacent(choose.choice((2, 2, 3)), choose.choice((0, 5, 20, 48)), choose.choice("ab"), fault)
     elif not live or kind < 0.13:
         run.acquire(choose.choice((0, 1, 5, 20, 48)), choose.choice("ab"), fault)
     elif kind < 0.55:
@@ -507,6 +560,7 @@ def random_run(
         run = Run(
             driver,
             choose.choice(kinds),
+            rows=choose.choice(tuple(ROWS)),
             n_slots=choose.randint(2, 6),
             max_pages=choose.randint(12, 60),
             keep_freed=choose.random() < 0.5,

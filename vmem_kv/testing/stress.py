@@ -1,12 +1,13 @@
 """Random operations for as long as wanted, with faults and threads, and what was found: the engine of a command.
 
-With one thread every operation is held against the reference model (`operations.py`). With more, every other round lets
-threads work on one pool at a time: no model can say who comes first, so there each thread verifies the tags of its own
-sequences, and at the end of a round everything must add up and nothing may be left.
+With one thread every operation is held against the reference model (`operations.py`). With more, every other round,
+beginning with the first, lets threads work on one pool at a time: no model can say who comes first, so there each
+thread verifies the tags of its own sequences, and at the end of a round everything must add up, the ledger too, and
+nothing may be left.
 
 Guarantees: ends early when asked, with everything given back and the verdict so far. A finding of a single thread comes
-with a program that repeats it, shortened; of several threads only the seed can be named: what they choose repeats, the
-order in which they come does not.
+with a program that repeats it, shortened; of several threads only the round can be named: what they choose repeats, the
+order in which they come does not. An interruption (Ctrl-C) ends the threads of a round before it goes on its way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vmem_kv.pages import PagePool
 from vmem_kv.testing.clock import Clock
 from vmem_kv.testing.faults import FaultyDriver, Plan, Point, driver_error, no_faults
 from vmem_kv.testing.memory import ManualFence
-from vmem_kv.testing.operations import KINDS, MAX_TOKENS, Found, Totals, odd_layout, random_run
+from vmem_kv.testing.operations import KINDS, MAX_TOKENS, ROWS, Found, Totals, random_run
 from vmem_kv.testing.shadow import ShadowTags, words_of
 from vmem_kv.testing.shrink import shrink_run
 
@@ -48,6 +49,8 @@ class StressOptions:
     seconds: float | None = None
     fault_share: float = 0.15
     n_threads: int = 1
+    first_round: int = 0
+    """Where to begin; a round depends on its number and the seed alone, and on the operations left for it."""
 
 
 @dataclass(slots=True)
@@ -58,18 +61,28 @@ class Finding:
         what: In one line.
         seed: Of the round in which it showed.
         program: Python that repeats it; empty where threads found it.
+        round: The number of that round.
+        n_ops: Operations that were left for it.
     """
 
     what: str
     seed: int
     program: str = ""
+    round: int = 0
+    n_ops: int = 0
 
 
 @dataclass(slots=True)
 class Progress:
-    """What was done so far, and what was found."""
+    """What was done so far, and what was found.
+
+    Attributes:
+        n_ops: Operations that were done, in all rounds.
+        n_threaded_ops: Those of them in rounds of several threads.
+    """
 
     n_ops: int = 0
+    n_threaded_ops: int = 0
     n_faults: int = 0
     n_pages: int = 0
     n_checks: int = 0
@@ -102,19 +115,21 @@ def run_stress(
         is_over = options.seconds is not None and progress.seconds >= options.seconds
         if left <= 0 or is_over:
             break
-        seed = options.seed * 1_000_003 + progress.n_rounds
-        is_threaded = options.n_threads > 1 and progress.n_rounds % 2 == 1
+        number = options.first_round + progress.n_rounds
+        seed = options.seed * 1_000_003 + number
+        is_threaded = options.n_threads > 1 and number % 2 == 0
         try:
             if is_threaded:
                 totals = _ThreadRound(driver, seed, left, options).run()
             else:
                 totals = random_run(seed, left, driver, fault_share=options.fault_share, opener=opener)
         except Found as found:
-            progress.findings.append(_shortened(found, seed, open_driver, opener))
+            progress.findings.append(_shortened(found, seed, number, left, open_driver, opener))
         except Exception as error:
-            progress.findings.append(Finding(f"{type(error).__name__}: {error}", seed))
+            progress.findings.append(Finding(f"{type(error).__name__}: {error}", seed, round=number, n_ops=left))
         else:
             progress.n_ops += totals.n_ops
+            progress.n_threaded_ops += totals.n_ops if is_threaded else 0
             progress.n_faults += totals.n_faults
             progress.n_pages += totals.n_pages
             progress.n_checks += totals.n_checks
@@ -128,10 +143,12 @@ def run_stress(
     return progress
 
 
-def _shortened(found: Found, seed: int, open_driver: Callable[[], Driver], opener: str) -> Finding:
+def _shortened(
+    found: Found, seed: int, number: int, n_ops: int, open_driver: Callable[[], Driver], opener: str
+) -> Finding:
     run = found.run
     run.history = shrink_run(open_driver, run.settings, run.history)
-    return Finding(found.what, seed, run.program(opener))
+    return Finding(found.what, seed, run.program(opener), number, n_ops)
 
 
 def _random_faults(seed: int, share: float) -> Plan:
@@ -152,9 +169,10 @@ class _ThreadRound:
         # An operation is some points: a share of 15 % of all operations is far less of all points.
         self.faulty = FaultyDriver(driver, _random_faults(seed, options.fault_share / 20))
         self.driver = CheckedDriver(self.faulty)
+        self._ledger_before = (driver.ledger.n_bytes, driver.ledger.n_mappings)
         page_bytes = driver.info.granularity_bytes
         self.pool = PagePool(self.driver, page_bytes, choose.randint(30, 90), keep_freed=choose.random() < 0.5)
-        layout = odd_layout(choose.choice(KINDS), page_bytes, n_slots=2 * options.n_threads)
+        layout = ROWS[choose.choice(tuple(ROWS))](choose.choice(KINDS), page_bytes, n_slots=2 * options.n_threads)
         self.cache = KVCache(self.pool, layout)
         self.base = driver
         share = max(1, n_ops // options.n_threads)
@@ -177,6 +195,13 @@ class _ThreadRound:
                 thread.start()
             for thread in threads:
                 thread.join()
+        except BaseException:  # Ctrl-C: no thread may outlive it, or the process would wait for the round all the same
+            for worker in self.workers:
+                worker.must_stop = True
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
         finally:
             sys.setswitchinterval(interval)
         for worker in self.workers:
@@ -199,8 +224,16 @@ class _ThreadRound:
         left = (self.driver.n_live_mappings, self.driver.n_live_reservations, self.pool.n_mappings)
         if left != (0, 0, 0) or not self.driver.n_live_handles == len(lost) == self.pool.n_owned:
             raise AssertionError(f"left are {left} and {self.driver.n_live_handles} pages, {len(lost)} of them known")
+        ledger, (n_bytes, n_mappings) = self.base.ledger, self._ledger_before
+        counted, held = ledger.n_bytes - n_bytes, self.pool.n_owned * self.pool.page_bytes
+        if (counted, ledger.n_mappings) != (held, n_mappings):
+            raise AssertionError(
+                f"the ledger counts {counted} bytes and {ledger.n_mappings - n_mappings} mappings, "
+                f"the pool holds {held} bytes and none"
+            )
         for handle in lost:
             self.base.release(self.pool.page_bytes, [handle])
+        ledger.refund_bytes(held)
 
 
 class _Worker:
@@ -209,6 +242,7 @@ class _Worker:
     def __init__(self, around: _ThreadRound, tags: ShadowTags, seed: int, n_ops: int) -> None:
         self.around, self.tags, self.n_ops = around, tags, n_ops
         self.n_done = 0
+        self.must_stop = False
         self.error: Exception | None = None
         self._choose = random.Random(seed)
         self._lengths: dict[SlotId, int] = {}
@@ -220,10 +254,11 @@ class _Worker:
         try:
             self.around.driver.bind_thread()
         except DriverError:
-            self.n_done = self.n_ops  # an injected fault; this thread has no device
-            return
+            return  # an injected fault; this thread has no device, and did nothing
         try:
             for _ in range(self.n_ops):
+                if self.must_stop:
+                    return
                 self._step()
                 self.n_done += 1
             for fence in self._fences:
