@@ -6,20 +6,22 @@ A part of its own, because the emulated driver is loaded into a process once and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
 import torch
 
-from benchmarks.gpu import correctness, facts, interference, misuse
+from benchmarks.gpu import correctness, facts, interference, misuse, speed
 from benchmarks.gpu.bench import Bench, Capture, EmulatedBench
 from benchmarks.gpu.cases import Case, Reporter
-from benchmarks.gpu.plan import EMULATED, SMALL, Plan
+from benchmarks.gpu.plan import EMULATED, SMALL, Plan, Point
 from benchmarks.gpu.sequences import mapped
 from vmem_kv.attention.base import Attend, AttentionSpec, Kernel
 from vmem_kv.attention.sdpa import Sdpa
 from vmem_kv.driver.base import Driver, Handle, Span
-from vmem_kv.driver.cuda import CudaDriver
+from vmem_kv.driver.cuda import CudaDriver, NoRuntime
+from vmem_kv.errors import OutOfPages
 
 SCALE = replace(EMULATED.interference, n_kernels=20)
 
@@ -44,6 +46,15 @@ class Unaliasing(CudaDriver):
                 seen.add(handle)
                 own.append(handle)
         super().map(page_bytes, addresses, own)
+
+
+class Stingy(CudaDriver):
+    """Has six pages."""
+
+    def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
+        if len(self._pages) + len(places) > 6:
+            raise OutOfPages("planted")
+        super().create(page_bytes, places, created)
 
 
 class Greedy(Sdpa):
@@ -88,7 +99,7 @@ class FaultyBench(EmulatedBench):
     @cached_property
     def driver(self) -> Driver:
         _ = self.cuda
-        return self._driver_type(0, tensor_device="cpu")
+        return self._driver_type(0, NoRuntime(), tensor_device="cpu")
 
     @property
     def kernels(self) -> Sequence[Kernel]:
@@ -129,6 +140,10 @@ def _greedy_overread(bench: Bench, report: Reporter) -> None:
     correctness._check_overread("torch_flash", SMALL, "float32", FaultyBench(bench.plan, kernel=Greedy()), report)
 
 
+def _biased_overread(bench: Bench, report: Reporter) -> None:
+    correctness._check_overread("torch_flash", SMALL, "bfloat16", FaultyBench(bench.plan, kernel=Biased()), report)
+
+
 def _contents(bench: Bench, report: Reporter) -> None:
     correctness._check_contents(FaultyBench(bench.plan, Unscrubbing), report)
 
@@ -144,11 +159,28 @@ def _misuse(bench: Bench, report: Reporter) -> None:
 def _late_write(bench: Bench, report: Reporter) -> None:
     """A disturbance that writes where kernels read."""
 
-    def make(bench, cache, scale):  # type: ignore[no-untyped-def]
-        base = cache.region.reservation.base
-        return lambda: bench.driver.scrub([(base, bench.granularity_bytes)])
+    @contextmanager
+    def prepare(bench, cache, scale):  # type: ignore[no-untyped-def]
+        base, n_bytes = cache.region.reservation.base, bench.granularity_bytes
+        yield lambda calls: calls.call(calls.raw.cuda.cuMemsetD8, base, 0, n_bytes)
 
-    interference._disturb("late write", make, SCALE, bench, report)
+    interference._disturb("late write", prepare, SCALE, bench, report)
+
+
+def _refused_call(bench: Bench, report: Reporter) -> None:
+    """A disturbance whose calls the driver refuses."""
+
+    @contextmanager
+    def prepare(bench, cache, scale):  # type: ignore[no-untyped-def]
+        yield lambda calls: calls.call(calls.raw.unmap, cache.region.reservation.base + (1 << 40), 1 << 21)
+
+    interference._disturb("refused", prepare, SCALE, bench, report)
+
+
+def _layout_without_room(bench: Bench, report: Reporter) -> None:
+    """Of two layouts one needs eight pages and the other four."""
+    scale = replace(EMULATED.speed, layouts=("per_layer", "token_major"), n_rounds=1)
+    speed._compare(SMALL, Point(4, 256), scale, FaultyBench(bench.plan, Stingy), report)
 
 
 def _lose_the_device(bench: Bench, report: Reporter) -> None:
@@ -175,10 +207,13 @@ def cases(plan: Plan) -> Sequence[Case]:
         Case("contents", _contents),
         Case("misuse", _misuse),
         Case("late write", _late_write),
+        Case("refused", _refused_call),
+        Case("layout without room", _layout_without_room),
         Case("biased numerics", _biased_numerics),
         Case("greedy numerics", _greedy_numerics, table="greedy"),
         Case("aliases", _aliases, is_dangerous=True),
         Case("greedy overread", _greedy_overread, is_dangerous=True, table="overread"),
+        Case("biased overread", _biased_overread, is_dangerous=True),
         Case("lost", _lose_the_device),
         Case("misuse", _misuse),
         Case("views", _sees_views, is_dangerous=True),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.gpu.plan import Plan
 from vmem_kv.driver.base import Driver
@@ -37,6 +38,13 @@ Capture = Callable[[Callable[[], "torch.Tensor"]], tuple["torch.Tensor", Callabl
 """Captures the launches of a call; returns its output, and what launches them again into that same output."""
 
 
+class Series(NamedTuple):
+    """Calls that followed one another without a gap that the host made."""
+
+    began_s: float  # on the host's `time.perf_counter`
+    times_ms: list[float]  # from the end of each call to the end of the next: what it takes, and any gap before it
+
+
 class Clock(ABC):
     """Tells how long calls take on the device."""
 
@@ -51,12 +59,12 @@ class Clock(ABC):
         """Wait until the device has done everything."""
 
     @abstractmethod
-    def back_to_back(self, call: Callable[[], object], n_calls: int) -> list[float]:
-        """Launch a call again and again without waiting for it.
+    def back_to_back(self, call: Callable[[], object], n_calls: int) -> Series:
+        """Launch a call again and again without waiting for it."""
 
-        Returns:
-            Milliseconds from the end of each call to the end of the next: what it takes, and any gap before it.
-        """
+    @abstractmethod
+    def host_ms(self, call: Callable[[], object], n_calls: int = 7) -> float | None:
+        """Milliseconds until a call returns to the host, the median; None where it is done then."""
 
     def measure(
         self, calls: Calls, n_rounds: int, before: Callable[[], object] = lambda: None
@@ -88,12 +96,16 @@ class HostClock(Clock):
     def synchronize(self) -> None:
         """Return at once."""
 
-    def back_to_back(self, call: Callable[[], object], n_calls: int) -> list[float]:
+    def back_to_back(self, call: Callable[[], object], n_calls: int) -> Series:
         marks = [time.perf_counter()]
         for _ in range(n_calls):
             call()
             marks.append(time.perf_counter())
-        return [(b - a) * 1e3 for a, b in pairwise(marks)]
+        return Series(marks[0], [(b - a) * 1e3 for a, b in pairwise(marks)])
+
+    def host_ms(self, call: Callable[[], object], n_calls: int = 7) -> float | None:
+        """Return None."""
+        return None
 
     def _round(self, calls: Sequence[tuple[str, Callable[[], object]]], before: Callable[[], object]) -> list[float]:
         times = []
@@ -123,16 +135,28 @@ class EventClock(Clock):
         """Wait for all streams."""
         self._cuda.synchronize()
 
-    def back_to_back(self, call: Callable[[], object], n_calls: int) -> list[float]:
+    def back_to_back(self, call: Callable[[], object], n_calls: int) -> Series:
         events = [self._cuda.Event(enable_timing=True) for _ in range(n_calls + 1)]
+        self.synchronize()  # so that the first event is reached when it is recorded, and ties both clocks
         events[0].record()
+        began_s = time.perf_counter()
         for index in range(n_calls):
             call()
             events[index + 1].record()
             if index >= N_IN_FLIGHT:
                 events[index + 1 - N_IN_FLIGHT].synchronize()
         self.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(events)]
+        return Series(began_s, [a.elapsed_time(b) for a, b in pairwise(events)])
+
+    def host_ms(self, call: Callable[[], object], n_calls: int = 7) -> float | None:
+        times = []
+        for _ in range(n_calls):
+            self.synchronize()
+            began = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - began) * 1e3)
+        self.synchronize()
+        return statistics.median(times)
 
     def _round(self, calls: Sequence[tuple[str, Callable[[], object]]], before: Callable[[], object]) -> list[float]:
         events = []
@@ -319,9 +343,10 @@ class EmulatedBench(Bench):
 
     @cached_property
     def cuda(self) -> Any:
+        from benchmarks.gpu.emulator import emulator_path
         from vmem_kv.testing.emulator import load_emulator
 
-        self._emulator = load_emulator()
+        self._emulator = load_emulator(emulator_path())
         return _bare_driver()
 
     @cached_property

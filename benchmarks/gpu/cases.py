@@ -21,6 +21,10 @@ Row = dict[str, Any]
 OK = "ok"
 WRONG = "WRONG"
 NEEDS_GPU = "needs a GPU"
+LOST = "the device was lost"
+FAULT = "a fault"
+ANYTHING = "its process may end"
+"""`expected` of cases after which a crash, or a lost device, is no bad news; `FAULT` is another."""
 
 
 @dataclass(frozen=True, slots=True)

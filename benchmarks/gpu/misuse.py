@@ -370,7 +370,6 @@ PROBES: Sequence[Probe] = (
     Probe("map outside of every reservation", _map_unreserved),
     Probe("map over the end of a reservation", _map_over_the_end),
     Probe("map of one handle twice, access, unmap", _map_aliases),
-    Probe("free of a reservation with mappings", _free_mapped, is_stricter=True),
     Probe("free of half a reservation", _free_half),
     Probe("free from inside a reservation", _free_inside),
     Probe("free twice", _free_twice),
@@ -397,5 +396,6 @@ DANGEROUS_PROBES: Sequence[Probe] = (
     Probe("release twice", _release_twice),
     Probe("map of a released handle", _map_released),
     Probe("release of a number that is no handle", _release_garbage),
+    Probe("free of a reservation with mappings", _free_mapped, is_stricter=True),
 )
 """What may end the process, or lose the device: undefined by the documentation, or a fault."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from vmem_kv.units import ceil_div
 
 BLOCK_TOKENS = 256
 """What flash-attn's paged kernel asks for; vLLM's usual 16 has more blocks to look up."""
+
+BY_TABLE, GATHERED = "blocks, by table", "blocks, gathered first"
 
 Call = Callable[[], torch.Tensor]
 
@@ -52,14 +54,37 @@ def _copied(rows: torch.Tensor, store: Store, table: torch.Tensor) -> torch.Tens
     return blocks
 
 
-def paged_calls(kernel: BoundKernel, blocks: Blocks, batch: RaggedBatch, query: torch.Tensor) -> dict[str, Call]:
-    """Return the ways of a kernel to attend over blocks, by name."""
-    calls: dict[str, Call] = {"blocks, gathered first": _gathered(kernel, blocks, batch, query)}
-    if kernel.name == "torch_flash" and (call := _torch_block_table(kernel, blocks, batch, query)):
-        calls["blocks, by table"] = call
-    if kernel.name == "flash_attn" and query.is_cuda and batch.max_query_tokens == 1:
-        calls["blocks, by table"] = _flash_attn_block_table(kernel, blocks, batch, query)
-    return calls
+def paged_calls(
+    kernel: BoundKernel, blocks: Blocks, batch: RaggedBatch, query: torch.Tensor
+) -> tuple[dict[str, Call], str | None]:
+    """Return the ways of a kernel to attend over blocks, by name, and why none of them takes a block table."""
+    calls: dict[str, Call] = {GATHERED: _gathered(kernel, blocks, batch, query)}
+    if why := why_no_table(kernel.name, is_cuda=query.is_cuda, is_decode=batch.max_query_tokens == 1):
+        return calls, why
+    with_table = _torch_block_table if kernel.name == "torch_flash" else _flash_attn_block_table
+    calls[BY_TABLE] = with_table(kernel, blocks, batch, query)
+    return calls, None
+
+
+def why_no_table(name: str, *, is_cuda: bool, is_decode: bool) -> str | None:
+    """Return why a kernel is not called with a block table, or None where it is."""
+    if name not in ("torch_flash", "flash_attn"):
+        return f"{name} is called without block tables here"
+    if not is_cuda:
+        return "block tables need a GPU"
+    if name == "flash_attn":
+        return None if is_decode else "flash-attn's call with a block table is made for decode only"
+    if "block_table" in _parameters_of_varlen_attn():
+        return None
+    return f"torch {torch.__version__} takes no block table (2.12 and later do), and it needs flash-attn otherwise"
+
+
+def _parameters_of_varlen_attn() -> Collection[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ()
+    return inspect.signature(varlen_attn).parameters
 
 
 def _gathered(kernel: BoundKernel, blocks: Blocks, batch: RaggedBatch, query: torch.Tensor) -> Call:
@@ -82,12 +107,10 @@ def _gathered(kernel: BoundKernel, blocks: Blocks, batch: RaggedBatch, query: to
     return call
 
 
-def _torch_block_table(kernel: BoundKernel, blocks: Blocks, batch: RaggedBatch, query: torch.Tensor) -> Call | None:
-    """Use torch's FlashAttention, which takes block tables from 2.12 on, and on CUDA only."""
+def _torch_block_table(kernel: BoundKernel, blocks: Blocks, batch: RaggedBatch, query: torch.Tensor) -> Call:
+    """Use torch's FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if not query.is_cuda or "block_table" not in inspect.signature(varlen_attn).parameters:
-        return None
     cumulated = torch.zeros(batch.n_seqs + 1, dtype=torch.int32, device=query.device)
     cumulated[1:] = batch.lengths.cumsum(0)
 

@@ -36,10 +36,30 @@ WIDE = Shape("wide", 2, 4, 4, 256)
 
 KERNELS = ("torch_flash", "fa3", "sdpa", "flash_attn")
 DISTURBANCES = (
-    "map and unmap, same reservation",
-    "map and unmap, another reservation",
+    "map, access and unmap, same reservation",
+    "map, access and unmap, another reservation",
     "create and release only",
+    "map, access, fill and unmap, same reservation",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Guesses of how many seconds cases take. One is skipped where less than that is left of its part's budget."""
+
+    probe: float
+    dangerous: float  # with the start of a process of its own
+    calls: float  # driver calls of one page size
+    ceiling: float
+    numerics: float
+    memory: float
+    tags: float
+    contract: float
+    speed: float  # a point, beside what follows from its size
+    speed_per_gib: float  # to create, map, unmap and release pages of 2 MiB
+    disturbance: float
+    steps: float
+    generation: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +82,8 @@ class CorrectnessScale:
     shapes: tuple[Shape, ...]
     dtypes: tuple[str, ...]
     lengths: tuple[int, ...]  # beside those around page boundaries
-    prefill_tokens: int
+    prefill_tokens: int  # of whole prompts; of those that end with a page, see below
+    edge_prefill_tokens: int  # the longest such prompt that the reference in float64 is asked for
     layouts: tuple[str, ...]
     n_tag_checks: int
     tag_slots: int
@@ -138,6 +159,7 @@ class Plan:
     """The whole suite."""
 
     is_emulated: bool
+    costs: Costs
     budget_s: float  # for all parts together
     quick_budget_s: float  # of the quick variant
     facts: FactsScale
@@ -149,6 +171,21 @@ class Plan:
 
 ON_A_DEVICE = Plan(
     is_emulated=False,
+    costs=Costs(
+        probe=0.2,
+        dangerous=6,
+        calls=1,
+        ceiling=10,
+        numerics=2,
+        memory=2,
+        tags=5,
+        contract=8,
+        speed=1.5,
+        speed_per_gib=0.08,
+        disturbance=8,
+        steps=30,
+        generation=25,
+    ),
     budget_s=440,
     quick_budget_s=180,
     facts=FactsScale(
@@ -165,6 +202,7 @@ ON_A_DEVICE = Plan(
         dtypes=("bfloat16", "float16"),
         lengths=(1, 17, 500, 3000),
         prefill_tokens=600,
+        edge_prefill_tokens=4096,
         layouts=("per_layer", "group:4", "token_major"),
         n_tag_checks=10_000_000,
         tag_slots=32,
@@ -218,13 +256,28 @@ ON_A_DEVICE = Plan(
         dtype="bfloat16",
         contexts=(1024, 8192, 32768),
         batches=(1,),
-        n_new_tokens=96,
-        n_rounds=2,
+        n_new_tokens=64,
+        n_rounds=3,
     ),
 )
 
 EMULATED = Plan(
     is_emulated=True,
+    costs=Costs(
+        probe=0.05,
+        dangerous=2,
+        calls=0.2,
+        ceiling=0.5,
+        numerics=1,
+        memory=0.5,
+        tags=3,
+        contract=3,
+        speed=0.5,
+        speed_per_gib=0.5,
+        disturbance=2,
+        steps=2,
+        generation=1,
+    ),
     budget_s=280,
     quick_budget_s=280,
     facts=FactsScale(
@@ -241,6 +294,7 @@ EMULATED = Plan(
         dtypes=("bfloat16", "float16"),
         lengths=(1, 17, 130),
         prefill_tokens=40,
+        edge_prefill_tokens=4096,
         layouts=("per_layer", "group:2", "token_major"),
         n_tag_checks=1_000_000,
         tag_slots=8,

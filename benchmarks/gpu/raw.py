@@ -6,6 +6,10 @@ import ctypes
 from typing import Any
 
 
+class CallFailed(RuntimeError):
+    """A call that had to succeed did not."""
+
+
 class Raw:
     """`cuda.bindings.driver` on device 0.
 
@@ -29,11 +33,11 @@ class Raw:
         """The value of a call that has to succeed.
 
         Raises:
-            OSError: It did not; with CUDA's code and name.
+            CallFailed: It did not; with CUDA's code and name.
         """
         code, *values = result
         if int(code):
-            raise OSError(int(code), f"a CUDA call failed: {code.name}")
+            raise CallFailed(f"CUDA answered {code.name} ({int(code)})")
         return values[0] if values else None
 
     def device_memory(self, index: int) -> Any:

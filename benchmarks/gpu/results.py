@@ -58,7 +58,7 @@ class Results:
     def __init__(self, folder: Path, stem: str, run: dict[str, Any], *, is_emulated: bool) -> None:
         self.run = run
         self.parts: dict[str, PartResults] = {}
-        self._is_emulated = is_emulated
+        self.is_emulated = is_emulated
         self._base = folder / stem
         self._log = ""
         self._has_news = True
@@ -86,8 +86,9 @@ class Results:
         self._has_news = True
 
     def end(self, part: Part, seconds: float) -> None:
-        """Close a part."""
-        self.parts[part.name].seconds = round(seconds, 1)
+        """Close a part that ran so long, this time."""
+        kept = self.parts[part.name]
+        kept.seconds = round((kept.seconds or 0.0) + seconds, 1)
         self._has_news = True
 
     def add_row(self, part: Part, table: str, row: Row, timed: Sequence[str]) -> None:
@@ -101,6 +102,14 @@ class Results:
         """Keep that a case did not run."""
         self.parts[part.name].skipped.append({"case": case, "reason": reason})
         self._has_news = True
+
+    def take_skipped(self, part: Part, beginning: str) -> list[str]:
+        """Take out the cases that were skipped for a reason that begins so, and return their names."""
+        skipped = self.parts[part.name].skipped
+        taken = [entry for entry in skipped if entry["reason"].startswith(beginning)]
+        skipped[:] = [entry for entry in skipped if entry not in taken]
+        self._has_news = True
+        return [entry["case"] for entry in taken]
 
     def add_log(self, text: str) -> None:
         """Keep what a worker wrote to its standard error."""
@@ -121,8 +130,8 @@ class Results:
         return {
             "schema": SCHEMA,
             "program": "gpu",
-            "emulated": self._is_emulated,
-            "times": NOT_A_TIMING if self._is_emulated else "device events or the wall clock, as each column says",
+            "emulated": self.is_emulated,
+            "times": NOT_A_TIMING if self.is_emulated else "device events or the wall clock, as each column says",
             "run": self.run,
             "parts": {
                 name: {
@@ -140,7 +149,7 @@ class Results:
 
     def to_markdown(self) -> str:
         """All tables, for readers."""
-        lines = ["# GPU suite" + (f" ({NOT_A_TIMING})" if self._is_emulated else ""), ""]
+        lines = ["# GPU suite" + (f" ({NOT_A_TIMING})" if self.is_emulated else ""), ""]
         lines += [f"* {name}: {_show(value)}" for name, value in self.run.items()]
         for part in self.parts.values():
             took = "running or cut off" if part.seconds is None else f"{part.seconds:.0f} s"
@@ -154,7 +163,7 @@ class Results:
 
     def _markdown_table(self, table: Table) -> Iterable[str]:
         columns = table.columns()
-        heads = [f"{c} ({NOT_A_TIMING})" if self._is_emulated and c in table.timed else c for c in columns]
+        heads = [f"{c} ({NOT_A_TIMING})" if self.is_emulated and c in table.timed else c for c in columns]
         yield _line(heads)
         yield _line(["---"] * len(columns))
         for row in table.rows:

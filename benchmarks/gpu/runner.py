@@ -29,6 +29,12 @@ GRACE_S = 10.0
 """How far a running case may pass the part's budget."""
 MAX_CRASHES = 8
 """After so many processes that ended badly, a part is given up."""
+MAX_EQUAL_ERRORS = 4
+"""After so many cases in a row that raised the same, a part is given up."""
+BUDGET = "time budget"
+"""How the reason begins of a case that was skipped for want of time."""
+ALL = "all"
+"""Stands for the cases of a part that was skipped before it could list them."""
 _POLL_S = 0.05
 _KILL_S = 20.0
 _N_ERROR_LINES = 8
@@ -59,6 +65,8 @@ class _Progress:
     running: int | None = None
     since: float = field(default_factory=time.monotonic)
     is_ready: bool = False
+    error: str | None = None  # what the last case raised
+    n_equal_errors: int = 0  # cases in a row that raised just that
 
     def time_allowed(self) -> float:
         """Seconds that what is going on now may take."""
@@ -74,8 +82,16 @@ class _Progress:
         """A fresh process starts."""
         self.running, self.is_ready, self.since = None, False, time.monotonic()
 
+    def end_case(self, index: int, error: str | None) -> None:
+        """A case came to its end, and raised something or not."""
+        self.next_index, self.running, self.since = index + 1, None, time.monotonic()
+        self.n_equal_errors = 0 if error is None else self.n_equal_errors + 1 if error == self.error else 1
+        self.error = error
 
-def run_part(part: Part, sink: Sink, *, emulate: bool, quick: bool, budget_s: float) -> None:
+
+def run_part(
+    part: Part, sink: Sink, *, emulate: bool, quick: bool, budget_s: float, only: list[str] | None = None
+) -> None:
     """Run all cases of a part, or as many as fit the budget.
 
     Args:
@@ -84,6 +100,7 @@ def run_part(part: Part, sink: Sink, *, emulate: bool, quick: bool, budget_s: fl
         emulate: On the emulated driver.
         quick: With the smallest grid.
         budget_s: Seconds for all of it.
+        only: The names of the cases to run; default: all.
     """
     ends = time.monotonic() + budget_s
     progress = _Progress()
@@ -91,18 +108,22 @@ def run_part(part: Part, sink: Sink, *, emulate: bool, quick: bool, budget_s: fl
     while progress.cases is None or progress.next_index < len(progress.cases):
         left = ends - time.monotonic()
         if left <= 0:
-            _skip_rest(part, sink, progress, "time budget: used up")
+            _skip_rest(part, sink, progress, f"{BUDGET}: used up", only)
             break
         if n_crashes >= MAX_CRASHES:
-            _skip_rest(part, sink, progress, f"{n_crashes} processes of this part had ended badly")
+            _skip_rest(part, sink, progress, f"{n_crashes} processes of this part had ended badly", only)
+            break
+        if progress.n_equal_errors >= MAX_EQUAL_ERRORS:
+            reason = f"{MAX_EQUAL_ERRORS} cases in a row raised the same: {progress.error}"
+            _skip_rest(part, sink, progress, reason, only)
             break
         first = progress.next_index
-        ending, errors = _run_worker(part, sink, progress, emulate, quick, left)
+        ending, errors = _run_worker(part, sink, progress, emulate, quick, left, only)
         if ending is not None:
             n_crashes += not progress.is_in_danger()
-            _report_crash(part, sink, progress, ending, errors)
+            _report_crash(part, sink, progress, ending, errors, only)
         elif progress.cases is None or progress.next_index == first:
-            _report_crash(part, sink, progress, "ended without a result", errors)
+            _report_crash(part, sink, progress, "ended without a result", errors, only)
             break
         if progress.cases is None:
             break  # it cannot even list its cases
@@ -110,7 +131,7 @@ def run_part(part: Part, sink: Sink, *, emulate: bool, quick: bool, budget_s: fl
 
 
 def _run_worker(
-    part: Part, sink: Sink, progress: _Progress, emulate: bool, quick: bool, left: float
+    part: Part, sink: Sink, progress: _Progress, emulate: bool, quick: bool, left: float, only: list[str] | None
 ) -> tuple[str | None, str]:
     """Run one worker to its end; return how it ended if not well, and the last lines that it wrote."""
     progress.begin_worker()
@@ -118,7 +139,7 @@ def _run_worker(
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events"
         events.touch()
-        job = Job(part.module, emulate, quick, progress.next_index, left, str(events), os.getpid())
+        job = Job(part.module, emulate, quick, progress.next_index, left, str(events), os.getpid(), only)
         stderr = Path(folder) / "stderr"
         ending: str | None = None
         partial = ""
@@ -165,8 +186,10 @@ def _read_events(text: str, partial: str, part: Part, sink: Sink, progress: _Pro
         elif kind == "skipped":
             progress.next_index = event["index"] + 1
             sink.add_skipped(part, _case(progress, event["index"])["name"], event["reason"])
+        elif kind == "passed over":
+            progress.next_index = event["index"] + 1
         else:  # "end" or "failed"
-            progress.next_index, progress.running, progress.since = event["index"] + 1, None, time.monotonic()
+            progress.end_case(event["index"], event.get("error"))
             if kind == "failed":
                 case = _case(progress, event["index"])
                 sink.add_row(
@@ -178,8 +201,11 @@ def _read_events(text: str, partial: str, part: Part, sink: Sink, progress: _Pro
     return rest
 
 
-def _report_crash(part: Part, sink: Sink, progress: _Progress, ending: str, errors: str) -> None:
+def _report_crash(
+    part: Part, sink: Sink, progress: _Progress, ending: str, errors: str, only: list[str] | None
+) -> None:
     """Report what ended a worker under the case that it was running, and go on behind that case."""
+    progress.n_equal_errors = 0
     outcome: Row = {"outcome": f"crashed ({ending})", "last words": errors}
     if progress.running is not None:
         case = _case(progress, progress.running)
@@ -190,13 +216,14 @@ def _report_crash(part: Part, sink: Sink, progress: _Progress, ending: str, erro
     else:
         sink.add_row(part, "workers", {"case": "starting", **outcome}, [])
         if progress.cases is not None:  # the device cannot be opened: no case can run
-            _skip_rest(part, sink, progress, "the worker does not start")
+            _skip_rest(part, sink, progress, "the worker does not start", only)
 
 
-def _skip_rest(part: Part, sink: Sink, progress: _Progress, reason: str) -> None:
-    cases = progress.cases or [{"name": "all"}]
+def _skip_rest(part: Part, sink: Sink, progress: _Progress, reason: str, only: list[str] | None) -> None:
+    cases = progress.cases or [{"name": ALL}]
     for case in cases[progress.next_index :]:
-        sink.add_skipped(part, case["name"], reason)
+        if only is None or case["name"] in only:
+            sink.add_skipped(part, case["name"], reason)
     progress.next_index = len(cases)
 
 

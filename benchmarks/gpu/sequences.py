@@ -18,7 +18,7 @@ from benchmarks.gpu.plan import Shape
 from vmem_kv.attention.base import AttentionSpec, BoundKernel
 from vmem_kv.attention.batch import RaggedBatch
 from vmem_kv.cache import KVCache
-from vmem_kv.errors import ConfigError
+from vmem_kv.errors import ConfigError, VmemError
 from vmem_kv.layout import LayerSpec, Layout
 from vmem_kv.tensors import RegionTensors, SlotKV
 
@@ -123,7 +123,14 @@ def mapped(
         max_tokens=span_tokens + slack_tokens,
         page_bytes=page_bytes,
     )
-    sequences = MappedSequences(KVCache(bench.pool(page_bytes), layout), lengths, slack_tokens, dtype)
+    cache = KVCache(bench.pool(page_bytes), layout)
+    try:
+        sequences = MappedSequences(cache, lengths, slack_tokens, dtype)
+    except VmemError:  # there was no room: others go on in this process
+        cache.retire(cache.active_slots())
+        cache.settle()
+        cache.close()
+        raise
     yield sequences
     # Not after an exception: its traceback holds tensors. The process goes, and the memory with it.
     bench.clock.synchronize()

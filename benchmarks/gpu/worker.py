@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import Bench, open_bench
-from benchmarks.gpu.cases import Case, Reporter
+from benchmarks.gpu.cases import LOST, Case, Reporter
 from benchmarks.gpu.plan import choose_plan
 
 _PR_SET_PDEATHSIG = 1
@@ -40,6 +40,7 @@ class Job:
     budget_s: float
     events: str  # where to write
     parent: int  # process id of the runner
+    only: list[str] | None = None  # names of the cases to run; all of them
 
 
 def main(job: Job) -> int:
@@ -54,20 +55,25 @@ def main(job: Job) -> int:
     bench = open_bench(plan)
     reporter.event("ready")
     try:
-        return _run_cases(bench, cases, job.first, ends, reporter)
+        return _run_cases(bench, cases, job, ends, reporter)
     finally:
         bench.close()
         reporter.close()
 
 
-def _run_cases(bench: Bench, cases: Sequence[Case], first: int, ends: float, reporter: Reporter) -> int:
-    for index in range(first, len(cases)):
+def _run_cases(bench: Bench, cases: Sequence[Case], job: Job, ends: float, reporter: Reporter) -> int:
+    is_fresh = True
+    for index in range(job.first, len(cases)):
         case = cases[index]
-        if case.is_dangerous and index > first:
+        if job.only is not None and case.name not in job.only:
+            reporter.event("passed over", index=index)
+            continue
+        if case.is_dangerous and not is_fresh:
             return 0  # it gets a process of its own
         if case.cost_s > ends - time.monotonic():
             reporter.event("skipped", index=index, reason="time budget: it would not have fitted any more")
             continue
+        is_fresh = False
         reporter.event("begin", index=index)
         began = time.monotonic()
         try:
@@ -75,14 +81,14 @@ def _run_cases(bench: Bench, cases: Sequence[Case], first: int, ends: float, rep
         except Exception as error:  # the boundary: whatever a case raises is its result
             traceback.print_exc()
             is_lost = not bench.is_healthy()
-            words = f"{type(error).__name__}: {error}"[:500] + (" (the device was lost)" if is_lost else "")
+            words = f"{type(error).__name__}: {error}"[:500] + (f" ({LOST})" if is_lost else "")
             reporter.event("failed", index=index, error=words)
             # The traceback's frames hold tensors and mappings, and on a lost device closing would hang or raise: the
             # next case gets a fresh process.
             os._exit(REPORTED)
         reporter.event("end", index=index, seconds=round(time.monotonic() - began, 3))
         if not bench.is_healthy():
-            reporter.row("workers", {"case": case.name, "outcome": "the device was lost"})
+            reporter.row("workers", {"case": case.name, **case.context, "outcome": LOST})
             os._exit(REPORTED)
         bench.settle()
         if case.is_dangerous:
