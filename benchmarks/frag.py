@@ -6,6 +6,9 @@ For each trace: every scheme of `vmem-kv frag` under the same requests, at the s
 `ensure` over decode steps of the trace's first 256 requests, all at once; and the driver calls of a batch that comes
 three times, with warm slots. Of long traces the first requests are taken, as many as `--tokens` allows.
 
+Results are written from a clean checkout only, so that their commit says what made them; `--allow-dirty` waives that,
+and is recorded.
+
 Memory is accounted, not taken: times are those of the allocator with a driver that only keeps books.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,18 @@ from rich.table import Table
 from benchmarks.records import Spread, Target, describe_run, print_targets, warn_if_busy
 from vmem_kv.cli.frag import choose_schemes, print_rows
 from vmem_kv.cli.trace_options import Load, PolicyName, describe_traffic, make_traffic, write_json
+from vmem_kv.errors import ConfigError
+from vmem_kv.replay.statistics import Averages
 from vmem_kv.replay.study import (
     DecodeCost,
     Row,
     Setting,
     count_steady_calls,
     measure_decode,
+    rows_to_json,
     run_scheme,
     trace_name,
+    window_of,
 )
 from vmem_kv.traces.formats import read_trace
 from vmem_kv.traces.shapes import find_shape
@@ -50,7 +57,8 @@ Only the first requests of long traces were used; n_requests says how many.
 Prefixes that requests share are shared by no scheme. Prompts are computed in one step.
 The rivals are rules that favour their models: no tables, no copies, no fragmentation between buffers.
 A row's wall time is that of this program, and allocator times are those of this machine with a driver that only keeps
-books: they say nothing about a device.""".splitlines()
+books: they say nothing about a device. Where somebody grows, the time that these books take is in them.
+Driver calls are those of a CUDA driver: one for each page or span; batches are those of the allocator.""".splitlines()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console()
     warn_if_busy(console)
     run = describe_run()
+    if options.json or options.plot:
+        check_origin(run, allow_dirty=options.allow_dirty)
     rows: list[Row] = []
     steps: list[Steps] = []
     for path in options.traces:
@@ -80,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print_steps(console, steps)
     print_targets(console, targets)
     record = {
-        "schema": 1,
+        "schema": 2,
         "program": "frag",
         "run": run,
         "seeds": "none: nothing here is random",
@@ -89,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "targets": [target.to_json() for target in targets],
         "steps": [asdict(each) for each in steps],
         "rows": [
-            {name: value for name, value in row.to_json().items() if options.series or name != "series"} for row in rows
+            {name: value for name, value in row.items() if options.series or name != "series"}
+            for row in rows_to_json(rows)
         ],
     }
     if options.json:
@@ -100,6 +111,23 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         wanted = [row for row in rows if not options.plot_traces or row.trace in options.plot_traces]
         draw_rows(options.plot, wanted)
     return record
+
+
+def check_origin(run: Mapping[str, Any], *, allow_dirty: bool) -> None:
+    """Refuse to write results of which no commit says what made them.
+
+    Raises:
+        ConfigError: The commit is unknown, or the checkout differs from it, and that is not allowed.
+    """
+    if allow_dirty:
+        return
+    if not run["commit"]:
+        raise ConfigError("no commit is known here; run it in a git checkout, or allow it with --allow-dirty")
+    if run["has_uncommitted_changes"]:
+        raise ConfigError(
+            f"the checkout differs from its commit {run['commit'][:12]}; commit them or run it in a clean clone, "
+            "or allow it with --allow-dirty"
+        )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -119,6 +147,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--decode-steps", type=int, default=512, metavar="N", help="steps to time; 0 for none")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--no-series", dest="series", action="store_false", help="leave what happened over time out of the JSON")
+    add("--allow-dirty", action="store_true", help="write results of a checkout with uncommitted changes")
     add("--plot", type=Path, metavar="FILE", help="draw the schemes")
     add("--plot-traces", nargs="*", default=[], metavar="NAME", help="only these in the picture")
     return parser.parse_args(arguments)
@@ -174,14 +203,16 @@ def count_requests(path: Path, max_tokens: float) -> int:
 def find_targets(rows: Sequence[Row], steps: Sequence[Steps]) -> list[Target]:
     """What was promised, and what came out. Utilisation is promised for full load."""
     targets = []
-    for what, share in (
-        ("live / active of the best layout", _live_of_active),
-        ("live / owned of the best layout", _live_of_owned),
-    ):
+    shares: tuple[tuple[str, Callable[[Averages], float | None]], ...] = (
+        ("live / active of the best layout", lambda averages: averages.live_of_active),
+        ("live / owned of the best layout", lambda averages: averages.live_of_owned),
+    )
+    for what, share in shares:
         best: dict[str, tuple[float, str]] = {}
         for row in (row for row in rows if not row.traffic.is_timed):
             if row.scheme.startswith("vmem_kv") and row.trace.removeprefix("len_").startswith(SERVED):
-                best[row.trace] = max(best.get(row.trace, (0.0, "")), (share(row), row.scheme))
+                averages = row.report.averages_of(window_of([r for r in rows if r.traffic is row.traffic]))
+                best[row.trace] = max(best.get(row.trace, (0.0, "")), (share(averages) or 0.0, row.scheme))
         points = tuple((f"{trace}: {name}", Spread.of([value])) for trace, (value, name) in best.items())
         targets.append(Target(what, 0.963, True, points))
     quiet = tuple(
@@ -193,17 +224,10 @@ def find_targets(rows: Sequence[Row], steps: Sequence[Steps]) -> list[Target]:
     return targets
 
 
-def _live_of_active(row: Row) -> float:
-    return row.report.averages.live_of_active or 0.0
-
-
-def _live_of_owned(row: Row) -> float:
-    return row.report.averages.live_of_owned or 0.0
-
-
 def print_steps(console: Console, steps: Sequence[Steps]) -> None:
     """Print what decode steps cost."""
-    table = Table(title=f"Allocator time of a decode step, {N_SEQUENCES} sequences, microseconds (p50 / p99)")
+    title = f"Allocator time of a decode step, {N_SEQUENCES} sequences, microseconds (p50 / p99)"
+    table = Table(title=f"{title}; where somebody grows, the accounting driver's own time is in it")
     for column in ("trace", "layout", "nobody grows", "somebody grows", "pages then", "steps growing", "driver calls"):
         table.add_column(column)
     for s in steps:

@@ -58,8 +58,9 @@ def simulate(
             if blocks(request.prompt_tokens + n_outputs - 1) > n_blocks:
                 out.n_rejected += 1
             else:
+                came = request.arrival_s if is_timed else now
                 waiting.append(
-                    {"index": index, "prompt": request.prompt_tokens, "left": n_outputs, "came": now, "again": False}
+                    {"index": index, "prompt": request.prompt_tokens, "left": n_outputs, "came": came, "again": False}
                 )
         while is_timed and waiting and not waiting[0]["again"] and now - waiting[0]["came"] > patience_s:
             waiting.pop(0)

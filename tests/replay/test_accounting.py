@@ -222,3 +222,64 @@ def test_copies_that_overlap_are_refused_and_an_empty_batch_is_none() -> None:
         bench.driver.copy([Copy(bench.at[0], bench.at[0] + 10, 20)])
     bench.driver.map(PAGE, [], [])
     assert bench.driver.n_live_mappings == 2
+
+
+def test_items_are_counted_by_page_and_by_span_and_batches_beside_them() -> None:
+    driver = AccountingDriver(GIB, PAGE)
+    handles: list[Handle] = []
+    reservation = driver.reserve(16 * PAGE)
+    at = reservation.base
+    places = [at, at + PAGE, at + 2 * PAGE, at + 8 * PAGE, at + 9 * PAGE]
+    spans = [(at, 3 * PAGE), (at + 8 * PAGE, 2 * PAGE)]
+    driver.create(PAGE, places, handles)
+    driver.map(PAGE, places, handles)
+    driver.set_access(spans)
+    driver.scrub(spans)
+    driver.copy([Copy(at, at + PAGE, 8), Copy(at, at + 2 * PAGE, 8)])
+    driver.unmap(spans)
+    driver.release(PAGE, handles)
+    driver.free_reservation(reservation)
+    batches = {"reserve", "create", "map", "set_access", "scrub", "copy", "unmap", "release", "free_reservation"}
+    assert driver.calls == dict.fromkeys(batches, 1)
+    expected = {"create": 5, "map": 5, "release": 5, "set_access": 2, "scrub": 2, "unmap": 2, "copy": 2}
+    assert driver.items == {**expected, "reserve": 1, "free_reservation": 1}
+
+
+def test_what_took_no_effect_is_no_item() -> None:
+    driver = AccountingDriver(3 * PAGE, PAGE)
+    with pytest.raises(OutOfPages):
+        driver.create(PAGE, [0] * 5, [])
+    with pytest.raises(UsageError):
+        driver.unmap([(4 * PAGE, PAGE)])
+    assert driver.calls == {"create": 1, "unmap": 1}
+    assert driver.items == {"create": 3}
+
+
+def test_where_neighbours_merge_pages_are_named_by_their_places() -> None:
+    driver = AccountingDriver(GIB, PAGE, neighbours_merge=True)
+    at = driver.reserve(8 * PAGE).base
+    handles: list[Handle] = []
+    driver.create(PAGE, [at, at + PAGE], handles)
+    assert handles == [at, at + PAGE]
+    driver.create(PAGE, [at, at + 2 * PAGE, at + 2 * PAGE], handles)
+    assert handles[3] == at + 2 * PAGE
+    assert len(set(handles)) == 5
+
+
+def test_a_row_of_pages_costs_one_mapping_where_neighbours_merge() -> None:
+    layout = Layout.build("per_layer", [LayerSpec.uniform(1, 32, 2)] * 2, n_slots=4, max_tokens=1024, page_bytes=PAGE)
+    counts = {}
+    for merges in (False, True):
+        driver = AccountingDriver(GIB, PAGE, neighbours_merge=merges, keeps_pay=not merges)
+        cache = KVCache(PagePool(driver, PAGE, 1000), layout)
+        slot = cache.acquire()
+        for n_tokens in (100, 300, 1000):
+            cache.ensure({slot: n_tokens})
+        counts[merges] = cache.pool.n_mappings
+        cache.check()
+        cache.retire([slot])
+        cache.close()
+        cache.pool.trim()
+        driver.close()
+    assert counts == {False: layout.n_pages(1000), True: len(layout.planes)}
+    assert counts[False] > 5 * counts[True]

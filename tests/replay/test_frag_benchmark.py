@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,80 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from benchmarks import frag
+from vmem_kv.errors import ConfigError
 from vmem_kv.replay.study import SCHEMES
+
+RESULTS = Path(frag.__file__).parent / "results"
+
+FROM_A_CHANGED_CHECKOUT = {
+    # Results from before programs refused this. Their commit is the one that was being changed.
+    "allocator-cpu.json": "written by another program, which does not refuse",
+    "frag-main.json": "from before this check, and from before driver calls were counted by page",
+    "frag-mooncake-first-fit.json": "from before this check; only shares of memory and batches are quoted",
+    "frag-mooncake-whole.json": "from before this check; only shares of memory and batches are quoted",
+    "frag-others.json": "from before this check; only shares of memory and batches are quoted",
+    "frag-recorded.json": "from before this check, and from before driver calls were counted by page",
+}
+
+
+def origin_faults(path: Path) -> list[str]:
+    """What keeps a reader from knowing which commit made a file of results."""
+    run = json.loads(path.read_text()).get("run", {})
+    faults = []
+    if not re.fullmatch(r"[0-9a-f]{40}", str(run.get("commit"))):
+        faults.append("names no commit")
+    if run.get("has_uncommitted_changes") is not False:
+        faults.append("made in a checkout with uncommitted changes, or does not say")
+    return faults
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_results_say_which_commit_they_come_from(path: Path) -> None:
+    if path.name in FROM_A_CHANGED_CHECKOUT:
+        # One that was made again leaves the list.
+        assert origin_faults(path) == ["made in a checkout with uncommitted changes, or does not say"]
+    else:
+        assert origin_faults(path) == []
+
+
+def test_the_list_of_exceptions_names_files_that_exist() -> None:
+    assert {path.name for path in RESULTS.glob("*.json")} >= FROM_A_CHANGED_CHECKOUT.keys()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {},
+        {"commit": None, "has_uncommitted_changes": False},
+        {"commit": "a" * 40, "has_uncommitted_changes": True},
+        {"commit": "a" * 40},
+    ],
+)
+def test_results_of_unknown_origin_would_be_noticed(tmp_path: Path, run: dict[str, object]) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"run": run}))
+    assert origin_faults(path)
+
+
+def test_a_dirty_checkout_writes_no_results_unless_told() -> None:
+    clean = {"commit": "a" * 40, "has_uncommitted_changes": False}
+    frag.check_origin(clean, allow_dirty=False)
+    for run in ({**clean, "has_uncommitted_changes": True}, {**clean, "commit": None}):
+        with pytest.raises(ConfigError, match="--allow-dirty"):
+            frag.check_origin(run, allow_dirty=False)
+        frag.check_origin(run, allow_dirty=True)
+
+
+def test_the_program_asks_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, out = tmp_path / "t.csv", tmp_path / "x.json"
+    trace.write_text("prompt_tokens,output_tokens\n50,50\n")
+    facts = {"commit": "a" * 40, "has_uncommitted_changes": True}
+    monkeypatch.setattr(frag, "describe_run", lambda: dict(facts))
+    with pytest.raises(ConfigError, match="differs from its commit"):
+        frag.main([str(trace), "--json", str(out)])
+    assert not out.exists()
+    frag.main([str(trace), "--budget", "1GiB", "--schemes", "16", "--json", str(out), "--allow-dirty"])
+    assert origin_faults(out)
 
 
 @pytest.mark.slow
@@ -20,9 +94,23 @@ def test_frag(tmp_path: Path) -> None:
     trace = tmp_path / "azure_like.csv"
     trace.write_text("prompt_tokens,output_tokens\n" + "\n".join(rows) + "\n")
     out, plot = tmp_path / "frag.json", tmp_path / "frag.png"
-    frag.main([str(trace), "--budget", "1GiB", "--decode-steps", "20", "--json", str(out), "--plot", str(plot)])
+    frag.main(
+        [
+            str(trace),
+            "--budget",
+            "1GiB",
+            "--decode-steps",
+            "20",
+            "--json",
+            str(out),
+            "--plot",
+            str(plot),
+            "--allow-dirty",
+        ]
+    )
     record = json.loads(out.read_text())
     assert record["program"] == "frag"
+    assert record["settings"]["allow_dirty"] == "True"
     assert {"commit", "command", "cpu", "date", "n_cpus"} <= record["run"].keys()
     assert [row["scheme"] for row in record["rows"]] == list(SCHEMES)
     assert [(s["trace"], s["layout"]) for s in record["steps"]] == [("azure_like", k) for k in frag.LAYOUTS]
@@ -36,3 +124,11 @@ def test_long_traces_are_cut_by_tokens(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("prompt_tokens,output_tokens\n" + "50,50\n" * 10)
     assert [frag.count_requests(trace, n) for n in (1, 100, 350, 1000, 1e9)] == [1, 1, 3, 10, 10]
+
+
+@pytest.mark.parametrize("patience", ["nan", "-1"])
+def test_a_patience_that_is_no_time_is_refused(tmp_path: Path, patience: str) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,50,50\n")
+    with pytest.raises(ConfigError, match="must be a number of seconds"):
+        frag.main([str(trace), "--load", "recorded", "--patience", patience])

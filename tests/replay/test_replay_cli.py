@@ -95,7 +95,10 @@ def test_json_says_what_the_table_says(tmp_path: Path) -> None:
     assert data["page_bytes"] == 65536
     assert data["load"] == "recorded"
     assert data["is_complete"]
-    assert sum(data["driver_calls"].values()) == data["n_driver_calls"]
+    assert sum(data["driver_calls"].values()) == data["n_driver_calls"] > data["n_batches"]
+    assert sum(data["batches"].values()) == data["n_batches"]
+    assert 0 < data["n_peak_mappings"] <= data["max_mappings"] == 500_000
+    assert data["averaged"] in ("whole", "loaded")
     assert 0 < data["whole"]["live_of_owned"] <= data["whole"]["live_of_mapped"] <= data["whole"]["live_of_active"] <= 1
     assert data["driver_calls_per_1000_tokens"] > 0
     assert data["step_times"]["p50_us"] <= data["step_times"]["p99_us"]
@@ -106,7 +109,7 @@ def test_options_change_what_they_say(tmp_path: Path) -> None:
     base = (*SMALL, "--layout", "token_major", "--page-bytes", "64k", "--load", "full")
     warm, cold = replayed(tmp_path, path, *base), replayed(tmp_path, path, *base, "--no-warm")
     assert "unmap" not in warm["driver_calls"] or warm["driver_calls"]["unmap"] < cold["driver_calls"]["unmap"]
-    assert cold["whole"]["live_of_active"] > warm["whole"]["live_of_active"]
+    assert cold["whole"]["live_of_mapped"] > warm["whole"]["live_of_mapped"]
     assert replayed(tmp_path, path, *base, "--max-requests", "7")["counts"]["n_done"] == 7
     assert replayed(tmp_path, path, *base, "--max-batch", "3")["n_peak_running"] == 3
     slow = replayed(tmp_path, path, *SMALL, "--speed", "0.01", "--patience", "1")
@@ -135,6 +138,8 @@ def test_memory_may_be_real(tmp_path: Path) -> None:
     real = replayed(tmp_path, path, *options, "--memory", "real", "--page-bytes", "64k")
     books = replayed(tmp_path, path, *options, "--memory", "accounted", "--page-bytes", "64k")
     assert real["counts"] == books["counts"]
+    assert real["driver_calls"] is real["n_driver_calls"] is None
+    assert real["n_batches"] > 0
     assert real["whole"]["live_of_active"] == pytest.approx(books["whole"]["live_of_active"])
 
 
@@ -160,6 +165,10 @@ def test_frag_compares_all_schemes_and_draws_them(tmp_path: Path) -> None:
         assert row["counted_as_waste"]
         assert row["counts"]["n_done"] + row["counts"]["n_rejected"] == row["n_requests"]
         assert len(row["series"]["until_s"]) <= 128
+        assert (row["max_mappings"] is None) == (not row["scheme"].startswith("vmem_kv"))
+        assert row["n_driver_calls"] >= row["n_batches"]
+    for name in ("one", "two"):
+        assert len({row["averaged"] for row in rows if row["trace"] == name}) == 1
 
 
 @pytest.mark.parametrize("columns", [80, 100, 160])
@@ -215,6 +224,31 @@ BAD: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     "json name": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--json", d / "x.txt"], "must end with .json"),
     "plot": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--plot", d / "x.pdf"], "must end with .png"),
     "svg": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--svg", d / "x.png"], "must end with .svg"),
+    "pipe": (lambda d: ["replay", "-"], "save it to a file first"),
+    "device": (lambda d: ["frag", "/dev/null"], "save it to a file first"),
+    "extra cells": (lambda d: ["replay", write(d, PAIR + "1,2\n1,234,5\n")], "line 3: has 3 cells"),
+    "columns twice": (
+        lambda d: ["frag", write(d, "prompt_tokens,output_tokens,prompt_tokens\n1,2,3\n")],
+        "'prompt_tokens' in its header more than once",
+    ),
+    "patience without arrivals": (
+        lambda d: ["replay", write(d, PAIR + "1,2\n"), "--patience", "5"],
+        "leave --patience out",
+    ),
+    "patience under full load": (
+        lambda d: ["frag", write(d, "arrival_s,prompt_tokens,output_tokens\n5,1,1\n"), "--patience", "5"],
+        "--load recorded",
+    ),
+    "too many addresses": (
+        lambda d: ["replay", write(d, PAIR + "90000000,2\n"), "--budget", "100t", "--max-batch", "65536"],
+        "lower --max-batch",
+    ),
+    "frag, too many addresses": (
+        lambda d: [
+            *("frag", write(d, PAIR + "90000000,2\n"), "--budget", "100t", "--max-batch", "65536", "--scheme", "token"),
+        ],
+        "lower --max-batch",
+    ),
     "scheme": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--scheme", "magic"], "no scheme has 'magic'"),
 }
 
@@ -271,3 +305,15 @@ def test_no_driver_stays_open_after_an_error(
     assert result.exit_code == 1
     assert len(opened) == 1
     assert not opened[0]._close_fd.alive
+
+
+def test_rows_of_one_table_are_averaged_over_one_window(tmp_path: Path) -> None:
+    path, out = write(tmp_path, many()), tmp_path / "a.json"
+    options = (*SMALL, "--budget", "640MiB", "--json", out)
+    found = {}
+    for words in (("maximum",), ("OF 16",), ("maximum", "OF 16")):
+        result = run("frag", path, *options, *(text for word in words for text in ("--scheme", word)))
+        assert result.exit_code == 0, result.output
+        found[words] = [row["averaged"] for row in json.loads(out.read_text())["rows"]]
+    assert found == {("maximum",): ["loaded"], ("OF 16",): ["whole"], ("maximum", "OF 16"): ["whole", "whole"]}
+    assert "in which anything ran, for all rows" in result.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from vmem_kv.driver.accounting import AccountingDriver
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.driver.ledger import Ledger
-from vmem_kv.errors import ConfigError, OutOfPages, UsageError
+from vmem_kv.errors import ConfigError, OutOfAddressSpace, OutOfPages, UsageError
 from vmem_kv.layout import LayerSpec, Layout
-from vmem_kv.replay.memory import AllocatorMemory, Key
+from vmem_kv.replay.memory import AllocatorMemory, Key, Shortage
 from vmem_kv.replay.rivals import RivalMemory, blocks_of, maximum_length, power_of_two
 from vmem_kv.replay.schedule import POLICIES, Replay, StepTime, fcfs, first_fit, shortest
 from vmem_kv.replay.statistics import Report
@@ -50,7 +51,9 @@ def paged() -> RivalMemory:
 def allocator(*, keeps_warm: bool = False, n_slots: int = 12, kind: str = "token_major") -> AllocatorMemory:
     layout = Layout.build(kind, LAYERS, n_slots=n_slots, max_tokens=N_BLOCKS * BLOCK, page_bytes=4 * KIB)
     driver = AccountingDriver(MIB, 4 * KIB)
-    return AllocatorMemory("ours", driver, layout, N_BLOCKS * 4 * KIB, headroom=HEADROOM, keeps_warm=keeps_warm)
+    return AllocatorMemory(
+        "ours", driver, layout, N_BLOCKS * 4 * KIB, headroom=HEADROOM, keeps_warm=keeps_warm, items=driver.items
+    )
 
 
 def run(memory: object, requests: Sequence[Request], **options: object) -> Report:
@@ -114,8 +117,8 @@ class Leaks(RivalMemory):
 
 
 class AdmitsTooMany(RivalMemory):
-    def can_admit(self, n_tokens: int) -> bool:
-        return True
+    def lack(self, n_tokens: int) -> Shortage | None:
+        return None
 
 
 @pytest.mark.parametrize("broken", [Leaks, AdmitsTooMany])
@@ -156,7 +159,7 @@ def test_wrong_books_are_noticed() -> None:
 def test_a_sequence_that_finds_no_room_leaves_nothing_behind() -> None:
     memory = allocator()
     key = memory.begin(1000, 1000)
-    assert not memory.can_admit(100)
+    assert memory.lack(100) is OutOfPages
     with pytest.raises(OutOfPages):
         memory.begin(100, 100)
     memory.check()
@@ -294,16 +297,16 @@ def test_rules_hold_what_they_say() -> None:
     assert [blocks_of(256)(n) for n in (1, 256, 257)] == [256, 256, 512]
     assert maximum_length(4096)(1) == 4096
     memory = RivalMemory("max", maximum_length(100), 10, 1000, max_tokens=100, headroom=0.0)
-    assert memory.fits(100)
-    assert not memory.fits(101)
+    assert memory.obstacle(100) is None
+    assert memory.obstacle(101) is OutOfAddressSpace
     keys = [memory.begin(5, 50) for _ in range(1)]
     assert (memory.active_bytes, memory.owned_bytes, memory.mapped_bytes) == (1000, 1000, 1000)
-    assert not memory.can_admit(1)
+    assert memory.lack(1) is OutOfPages
     with pytest.raises(OutOfPages):
         memory.begin(1, 1)
     memory.end(keys)
     assert memory.active_bytes == 0
-    assert memory.can_admit(1)
+    assert memory.lack(1) is None
 
 
 def test_all_schemes_open_and_serve(tmp_path: Path) -> None:
@@ -349,8 +352,11 @@ def test_a_cache_that_keeps_nothing_warm_does_call() -> None:
     for _ in range(3):
         key = memory.begin(100, 100)
         memory.end([key])
-        n_calls.append(memory.n_driver_calls)
-    assert n_calls[2] > n_calls[1] > n_calls[0]
+        n_calls.append((memory.n_batches, memory.n_driver_calls or 0))
+    for before, after in pairwise(n_calls):
+        assert after[0] > before[0]
+        assert after[1] > before[1]
+    assert all(calls > batches for batches, calls in n_calls)  # seven pages to a batch
     memory.close()
 
 
@@ -366,3 +372,103 @@ def test_decode_steps_are_told_apart_by_whether_somebody_grows() -> None:
     assert 32 <= cost.n_pages_per_growing_step * cost.growing.n_steps <= 64
     with pytest.raises(ConfigError, match="are needed at once"):
         measure_decode(setting, traffic(4), kind="token_major", page_bytes=2 * MIB, n_running=61, n_steps=1)
+
+
+def limited(max_mappings: int, *, merges: bool, kind: str = "token_major") -> AllocatorMemory:
+    """A memory with pages in plenty and few mappings."""
+    layout = Layout.build(kind, LAYERS, n_slots=12, max_tokens=N_BLOCKS * BLOCK, page_bytes=4 * KIB)
+    per_run = 2 if merges else 1
+    driver = AccountingDriver(
+        4 * MIB, 4 * KIB, neighbours_merge=merges, mappings_per_run=per_run, keeps_pay=False, max_mappings=max_mappings
+    )
+    return AllocatorMemory("few", driver, layout, 2 * MIB, headroom=0, keeps_warm=False, items=driver.items)
+
+
+def test_where_every_page_is_a_mapping_their_limit_works_as_a_budget_of_pages() -> None:
+    n_preempted = n_held = 0
+    for seed in range(6):
+        memory = limited(N_BLOCKS, merges=False)
+        requests = traffic(seed)
+        report = run(memory, requests)
+        memory.check()
+        memory.close()
+        outcome = simulate(
+            requests, block=BLOCK, n_blocks=N_BLOCKS, headroom_blocks=0, n_max_running=12, times=(0.01, 1e-4, 1e-6)
+        )
+        assert_same(report, outcome, BLOCK * TOKEN_BYTES)
+        counts = report.counts
+        # The longest slot has as many pages as there are mappings: longer requests fail by their addresses.
+        assert counts.rejected.keys() <= {"OutOfAddressSpace", "OutOfMappings"}
+        assert counts.preempted.keys() <= {"OutOfMappings"}
+        assert sum(counts.preempted.values()) == counts.n_preemptions
+        n_preempted += counts.n_preemptions
+        n_held += counts.held_up.get("OutOfMappings", 0)
+        assert counts.held_up.keys() <= {"OutOfMappings", "OutOfSlots"}
+        assert report.max_mappings == N_BLOCKS
+        assert 0 < report.n_peak_mappings <= N_BLOCKS
+    assert n_preempted > 5
+    assert n_held > 50
+
+
+def test_where_neighbours_merge_the_limit_bounds_the_sequences_and_not_their_pages() -> None:
+    requests = [Request(None, 400, 20)] * 6
+    n_planes = len(limited(1000, merges=True, kind="per_layer").layout.planes)
+    each = 2 * n_planes  # a run costs two
+    memory = limited(3 * each + 1, merges=True, kind="per_layer")
+    assert memory.layout.n_pages(400) > 3 * n_planes
+    report = run(memory, requests)
+    memory.check()
+    memory.close()
+    assert (report.counts.n_done, report.counts.n_preemptions) == (6, 0)
+    assert (report.n_peak_running, report.n_peak_mappings) == (3, 3 * each)
+    assert report.counts.held_up["OutOfMappings"] > 0
+    nobody = run(limited(each - 1, merges=True, kind="per_layer"), requests)
+    assert nobody.counts.rejected == {"OutOfMappings": 6}
+
+
+class OverlooksMappings(AllocatorMemory):
+    """Admits by pages alone, so that the limit shows where the allocator meets it."""
+
+    def obstacle(self, n_tokens: int) -> Shortage | None:
+        return None
+
+    def lack(self, n_tokens: int) -> Shortage | None:
+        return None
+
+
+@pytest.mark.parametrize("max_mappings", [30, 3])
+def test_the_allocators_own_refusal_is_a_shortage_like_any_other(max_mappings: int) -> None:
+    layout = Layout.build("token_major", LAYERS, n_slots=12, max_tokens=N_BLOCKS * BLOCK, page_bytes=4 * KIB)
+    driver = AccountingDriver(4 * MIB, 4 * KIB, max_mappings=max_mappings)
+    memory = OverlooksMappings("x", driver, layout, 2 * MIB, items=driver.items)
+    requests = [Request(None, 100, 100)] * 5
+    report = run(memory, requests)
+    memory.check()
+    memory.close()
+    counts = report.counts
+    assert report.n_peak_mappings <= max_mappings
+    if max_mappings == 30:
+        assert counts.n_done == 5
+        assert counts.preempted.keys() == counts.held_up.keys() == {"OutOfMappings"}
+    else:
+        assert counts.rejected == {"OutOfMappings": 5}
+
+
+def test_patience_begins_with_the_arrival_and_not_with_the_step_that_sees_it() -> None:
+    # The first step lasts 10.01 s. Who came at 1 s has waited for 9.01 s when it ends, and there is no room for it yet.
+    time = StepTime(10.0, 0.0, 0.0)
+    requests = [Request(0.0, 1000, 2), Request(1.0, 1000, 1)]
+    for patience_s, n_rejected in ((18.9, 1), (19.1, 0)):
+        report = Replay(paged(), requests, is_timed=True, patience_s=patience_s, step_time=time).run()
+        assert report.counts.n_rejected == n_rejected, patience_s
+    assert report.counts.rejected == {}
+
+
+def test_schemes_have_the_limits_of_what_they_imitate() -> None:
+    setting = Setting.for_trace(find_shape("smollm2-135m"), 64 * MIB, 100, n_max_running=4)
+    limits = {}
+    for name in ("vmem_kv token-major, 2 MiB", "vmem_kv per layer, 64 KiB host pages", "power of two"):
+        memory = SCHEMES[name].open(setting)
+        limits[name] = memory.max_mappings
+        memory.close()
+    assert list(limits.values()) == [500_000, 65_530 - 4096, None]

@@ -26,7 +26,7 @@ def test_utilisation_is_a_ratio_of_byte_seconds() -> None:
 
 
 def test_nothing_has_no_utilisation() -> None:
-    report = Statistics().report("x", is_complete=True, n_driver_calls=1)
+    report = Statistics().report("x", is_complete=True, n_batches=1, n_driver_calls=1)
     assert report.whole.live_of_active is None
     assert report.driver_calls_per_1000_tokens is None
     assert report.late_driver_calls_per_1000_tokens is None
@@ -47,7 +47,7 @@ def test_the_series_is_bounded_and_loses_no_time(n_steps: int) -> None:
     for i in range(n_steps):
         statistics.counts.n_output_tokens += 2
         add(statistics, Sample(i << 20, i << 20, i << 20, i << 20, 2), 0.5, n_calls=i)
-    report = statistics.report("x", is_complete=True, n_driver_calls=n_steps)
+    report = statistics.report("x", is_complete=True, n_batches=n_steps, n_driver_calls=n_steps)
     series = report.series
     assert len(series.until_s) == len(series.live_mib) == len(series.n_running) <= 128
     assert series.until_s[-1] == pytest.approx(n_steps / 2)
@@ -62,7 +62,8 @@ def test_calls_in_the_second_half_are_told_apart() -> None:
     for i in range(1000):
         statistics.counts.n_output_tokens += 1
         add(statistics, Sample(1, 1, 1, 1, 1), 1.0, n_calls=min(i + 1, 100))
-    report = statistics.report("x", is_complete=True, n_driver_calls=100)
+    report = statistics.report("x", is_complete=True, n_batches=10, n_driver_calls=100)
+    assert report.batches_per_1000_tokens == 10
     assert report.driver_calls_per_1000_tokens == 100
     assert report.late_driver_calls_per_1000_tokens == 0
 
@@ -71,7 +72,8 @@ def test_peaks_and_load() -> None:
     statistics = Statistics()
     add(statistics, Sample(5, 10, 10, 30, 2), 1.0, is_loaded=True, is_quiet=True, took_ns=4000)
     add(statistics, Sample(8, 9, 10, 20, 1), 3.0, took_ns=8000)
-    report = statistics.report("x", is_complete=False, n_driver_calls=1)
+    report = statistics.report("x", is_complete=False, n_batches=1, n_driver_calls=None)
+    assert report.driver_calls_per_1000_tokens is report.late_driver_calls_per_1000_tokens is None
     assert (report.peak_live_bytes, report.peak_active_bytes, report.peak_owned_bytes) == (8, 10, 30)
     assert report.peak_live_of_owned == pytest.approx(8 / 20)
     assert report.n_peak_running == 2
@@ -80,4 +82,4 @@ def test_peaks_and_load() -> None:
     assert report.quiet_times is not None
     assert report.quiet_times.p50_us == 4.0
     statistics.loaded.add(Sample(5, 10, 10, 30, 2), 1.0)
-    assert (report := statistics.report("x", is_complete=True, n_driver_calls=1)).averages is report.loaded
+    assert (report := statistics.report("x", is_complete=True, n_batches=1, n_driver_calls=1)).averages is report.loaded

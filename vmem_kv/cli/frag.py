@@ -27,7 +27,7 @@ from vmem_kv.cli.trace_options import (
     write_json,
 )
 from vmem_kv.errors import ConfigError
-from vmem_kv.replay.study import SCHEMES, Row, Scheme, Setting, run_scheme
+from vmem_kv.replay.study import SCHEMES, Row, Scheme, Setting, rows_to_json, run_scheme, window_of
 from vmem_kv.traces.shapes import find_shape
 from vmem_kv.units import format_bytes
 
@@ -57,7 +57,7 @@ def frag(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show how much of its memory each scheme puts to use, and how many sequences fit.
+    """Show how much of its memory each scheme puts to use, and how many sequences ran at once.
 
     The same requests run under reservation of the maximum length, growth by powers of two, PagedAttention with blocks
     of 16 and 256, and vmem_kv in several layouts: these are the real allocator, the others are rules that favour their
@@ -100,7 +100,7 @@ def frag(
             out.print(describe_traffic(traffic), highlight=False, markup=False, soft_wrap=True)
             print_rows(out, ours)
     if json_file:
-        record = {"vmem_kv": vmem_kv.__version__, "rows": [row.to_json() for row in rows]}
+        record = {"vmem_kv": vmem_kv.__version__, "rows": rows_to_json(rows)}
         write_json(json_file, record)
     pictures = [path for path in (plot, svg) if path]
     if pictures and rows:
@@ -136,14 +136,15 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
         f"budget {format_bytes(setting.budget_bytes)}, longest sequence {setting.max_tokens:,} tokens"
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("scheme", min_width=14)
-    headings = ("live/\nactive", "live/\nowned", "batch,\nmean", "batch,\nmost", "rejec-\nted", "preem-\npted")
-    for heading in (*headings, "calls/\n1,000"):
+    table.add_column("scheme", min_width=13)
+    headings = ("live/\nactive", "live/\nowned", "mean\nbatch", "most\nran", "rejec-\nted", "preem-\npted")
+    for heading in (*headings, "batch/\n1,000", "calls/\n1,000"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("waste", no_wrap=True)
+    table.add_column("", min_width=1, no_wrap=True)
     kinds = list(dict.fromkeys(row.waste for row in rows))
+    window = window_of(rows)
     for row in rows:
-        report, averages = row.report, row.report.averages
+        report, averages = row.report, row.report.averages_of(window)
         table.add_row(
             row.scheme if report.is_complete else f"{row.scheme} (interrupted)",
             show_share(averages.live_of_active),
@@ -152,18 +153,39 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
             f"{report.n_peak_running:,}",
             f"{report.counts.n_rejected:,}",
             f"{report.counts.n_preemptions:,}",
-            show_number(report.driver_calls_per_1000_tokens),
+            _show_rate(report.batches_per_1000_tokens),
+            _show_rate(report.driver_calls_per_1000_tokens),
             "abcdefgh"[kinds.index(row.waste)],
         )
     out.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     out.print(table)
-    is_loaded = any(row.report.averages is row.report.loaded for row in rows)
     lines = [f"Waste {'abcdefgh'[i]}, in live / active: {kind}." for i, kind in enumerate(kinds)]
     lines.append(
         "live: tokens in running sequences; active: memory set aside for them; owned: all memory that is held, by the "
         "rivals from the start, so that live / owned counts idle memory as waste, too. Averages over simulated time"
-        f"{', of the time in which requests waited' if is_loaded else ''}. Driver calls per 1,000 output tokens."
+        f"{' in which requests waited' if window == 'loaded' else ' in which anything ran'}, for all rows. "
+        "Per 1,000 output tokens: batches of the allocator, and the calls of a CUDA driver that they come to, one for "
+        "each page or span."
     )
+    limited = [row for row in rows if row.report.max_mappings is not None]
+    if limited:
+        shown = (f"{row.scheme} {row.report.n_peak_mappings:,} of {row.report.max_mappings:,}" for row in limited)
+        lines.append(f"Mappings at most: {'; '.join(shown)}.")
+    for row in rows:
+        counts = row.report.counts
+        for what, by_reason in (("rejected", counts.rejected), ("preempted", counts.preempted)):
+            if by_reason.keys() - {"OutOfPages"}:
+                reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(by_reason.items()))
+                lines.append(f"{row.scheme}, {what}: {reasons}.")
+        if n_steps := counts.held_up.get("OutOfMappings"):
+            lines.append(
+                f"{row.scheme}: the limit on mappings held requests up in {n_steps:,} of {counts.n_steps:,} steps."
+            )
     for line in lines:
         out.print(line, highlight=False, markup=False, soft_wrap=True)
     out.print()
+
+
+def _show_rate(number: float | None) -> str:
+    """Short enough for a column of six."""
+    return show_number(number, 0 if number is not None and number >= 100 else 1)

@@ -15,9 +15,9 @@ from vmem_kv.replay.study import Row
 from vmem_kv.units import format_bytes
 
 _BARS: tuple[tuple[str, Callable[[Row], float]], ...] = (
-    ("largest batch that fits", lambda row: row.report.n_peak_running),
+    ("largest batch that ran", lambda row: row.report.n_peak_running),
     ("requests rejected", lambda row: row.report.counts.n_rejected),
-    ("driver calls per 1,000 tokens", lambda row: row.report.driver_calls_per_1000_tokens or 0.0),
+    ("driver calls (pages, spans) per 1,000 tokens", lambda row: row.report.driver_calls_per_1000_tokens or 0.0),
 )
 
 

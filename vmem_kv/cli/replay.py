@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,12 +29,12 @@ from vmem_kv.cli.trace_options import (
 )
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.host import HostDriver
-from vmem_kv.errors import ConfigError
+from vmem_kv.errors import ConfigError, OutOfAddressSpace
 from vmem_kv.layout import Choice, Layout, choose_layout
 from vmem_kv.pages import BUDGET_SHARE
 from vmem_kv.replay.memory import AllocatorMemory
 from vmem_kv.replay.statistics import Report, Times
-from vmem_kv.replay.study import HOST_GRANULARITY_BYTES, Setting, Traffic, cuda_like
+from vmem_kv.replay.study import HOST_GRANULARITY_BYTES, Setting, Traffic, cuda_like, too_many_addresses
 from vmem_kv.traces.shapes import find_shape
 from vmem_kv.units import MIB, format_bytes, parse_bytes
 
@@ -104,24 +105,19 @@ def replay(
     shape = find_shape(model)
     wanted_page = parse_bytes(page_bytes) if page_bytes else None
     traffic = make_traffic(trace, load, policy, max_requests=max_requests, patience_s=patience, speed=speed)
-    driver, budget_bytes = _open_driver(memory, budget, wanted_page)
+    driver, items, budget_bytes = _open_driver(memory, budget, wanted_page)
     try:
         setting = Setting.for_trace(shape, budget_bytes, traffic.summary.longest_tokens, max_batch)
         choice = _choose(driver, setting, traffic, layout, wanted_page)
-        cache = AllocatorMemory(
-            "vmem_kv",
-            driver,
-            Layout.build(
-                choice.kind,
-                shape.layers,
-                n_slots=max_batch,
-                max_tokens=setting.max_tokens,
-                page_bytes=choice.page_bytes,
-            ),
-            budget_bytes,
-            headroom=setting.headroom,
-            keeps_warm=warm,
+        planned = Layout.build(
+            choice.kind, shape.layers, n_slots=max_batch, max_tokens=setting.max_tokens, page_bytes=choice.page_bytes
         )
+        try:
+            cache = AllocatorMemory(
+                "vmem_kv", driver, planned, budget_bytes, headroom=setting.headroom, keeps_warm=warm, items=items
+            )
+        except OutOfAddressSpace as error:
+            raise too_many_addresses(planned) from error
     except BaseException:
         driver.close()
         raise
@@ -134,10 +130,10 @@ def replay(
                 cache.check()
             except KeyboardInterrupt as error:
                 interruption = error
-        report, calls, n_mappings = run.report(), cache.driver_calls, cache.n_peak_mappings
+        report, batches, calls = run.report(), cache.batches, cache.driver_calls
     finally:
         cache.close()
-    _print(out, report, setting, traffic, choice, memory, calls)
+    _print(out, report, setting, traffic, choice, memory, calls or batches)
     if json_file:
         facts: dict[str, Any] = {
             "vmem_kv": vmem_kv.__version__,
@@ -152,8 +148,9 @@ def replay(
             "keeps_warm": warm,
             "load": "recorded" if traffic.is_timed else "full",
             "policy": policy.value,
+            "batches": batches,
             "driver_calls": calls,
-            "n_peak_mappings": n_mappings,
+            "averaged": report.window,
         }
         write_json(json_file, {**facts, **report.to_json()})
         err.print(f"Results are in {json_file}", highlight=False, markup=False, soft_wrap=True)
@@ -161,13 +158,16 @@ def replay(
         raise interruption
 
 
-def _open_driver(kind: MemoryKind, budget: str | None, page_bytes: int | None) -> tuple[Driver, int]:
-    """Open a driver with room for the budget; return it and the budget in bytes."""
+def _open_driver(
+    kind: MemoryKind, budget: str | None, page_bytes: int | None
+) -> tuple[Driver, Counter[str] | None, int]:
+    """Open a driver with room for the budget; return it, where it counts calls per page, and the budget in bytes."""
     if kind is MemoryKind.ACCOUNTED:
         if page_bytes is not None and (page_bytes < 1 or page_bytes % HOST_GRANULARITY_BYTES):
             raise ConfigError(f"--page-bytes is {page_bytes}; it must be a multiple of {HOST_GRANULARITY_BYTES}")
         budget_bytes = read_budget(budget or DEFAULT_BUDGET)
-        return cuda_like(budget_bytes, page_bytes or 2 * MIB), budget_bytes
+        books = cuda_like(budget_bytes, page_bytes or 2 * MIB)
+        return books, books.items, budget_bytes
     driver = HostDriver()
     available = driver.available_bytes()
     try:
@@ -180,7 +180,7 @@ def _open_driver(kind: MemoryKind, budget: str | None, page_bytes: int | None) -
     except ConfigError:
         driver.close()
         raise
-    return driver, budget_bytes
+    return driver, None, budget_bytes
 
 
 def _choose(driver: Driver, setting: Setting, traffic: Traffic, layout: str, page_bytes: int | None) -> Choice:
@@ -222,7 +222,7 @@ def _print(
     """Print what was found, each figure with what it counts."""
     counts, page = report.counts, choice.page_bytes
     averages = report.averages
-    when = "while requests waited" if averages is report.loaded else "while anything ran"
+    when = "while requests waited" if report.window == "loaded" else "while anything ran"
     title = (
         f"{setting.shape.name}, {setting.shape.token_bytes:,} bytes a token, {format_bytes(setting.budget_bytes)} "
         f"{memory.value}, {choice.kind}, pages of {format_bytes(page)}"
@@ -233,8 +233,16 @@ def _print(
     table.add_column("meaning")
     rows: list[tuple[str, str, str]] = [
         ("requests done", f"{counts.n_done:,}", f"of {traffic.summary.n_requests:,}"),
-        ("rejected", f"{counts.n_rejected:,}", "could not run alone in the budget, or waited too long"),
-        ("preempted", f"{counts.n_preemptions:,}", f"{counts.n_recomputed_tokens:,} tokens computed again"),
+        (
+            "rejected",
+            f"{counts.n_rejected:,}",
+            _by_reason(counts.rejected) or "could not run alone, or waited too long",
+        ),
+        (
+            "preempted",
+            f"{counts.n_preemptions:,}",
+            f"{_by_reason(counts.preempted, '; ')}{counts.n_recomputed_tokens:,} tokens computed again",
+        ),
         ("sequences at once", f"{averages.n_running:,.1f}", f"time-averaged; at most {report.n_peak_running:,}"),
         ("live / active", show_share(averages.live_of_active), "waste: mapped, unused memory of running sequences"),
         ("live / mapped", show_share(averages.live_of_mapped), "waste: that, and pages kept warm for the next ones"),
@@ -249,12 +257,21 @@ def _print(
             f"time-averaged; at most {report.peak_owned_bytes // page:,}",
         ),
         ("mapped pages", f"{averages.mapped_bytes // page:,}", "time-averaged, active and warm"),
+        ("mappings", f"{report.n_peak_mappings:,}", f"at most; the limit is {report.max_mappings or 0:,}"),
+        (
+            "batches",
+            show_number(report.batches_per_1000_tokens),
+            "per 1,000 output tokens; each for any number of pages",
+        ),
         (
             "driver calls",
             show_number(report.driver_calls_per_1000_tokens),
-            f"per 1,000 output tokens; in the second half {show_number(report.late_driver_calls_per_1000_tokens)}",
+            "per 1,000 output tokens, one for each page or span; in the second half "
+            f"{show_number(report.late_driver_calls_per_1000_tokens)}"
+            if report.n_driver_calls is not None
+            else "counted for accounted memory only",
         ),
-        ("allocator, all steps", _show_times(report.step_times), "p50 / p99 per step"),
+        ("allocator and driver", _show_times(report.step_times), "all steps, p50 / p99; the driver's time is in it"),
         ("allocator, quiet steps", _show_times(report.quiet_times), _quiet_meaning(report.quiet_times)),
         ("simulated time", f"{report.whole.seconds:,.1f} s", f"in {counts.n_steps:,} steps, idle time left out"),
     ]
@@ -265,9 +282,14 @@ def _print(
     out.print(table)
     out.print(f"Averages: {when}. Layout: {choice.why}", highlight=False, markup=False, soft_wrap=True)
     listed = ", ".join(f"{name} {n:,}" for name, n in sorted(calls.items()))
-    out.print(f"Driver calls: {listed}", highlight=False, markup=False, soft_wrap=True)
+    kind = "Driver calls" if report.n_driver_calls is not None else "Batches"
+    out.print(f"{kind}: {listed}", highlight=False, markup=False, soft_wrap=True)
     if not report.is_complete:
         out.print("Interrupted: these are the figures of the part that was done.", highlight=False)
+
+
+def _by_reason(counts: dict[str, int], end: str = "") -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items())) + (end if counts else "")
 
 
 def _show_times(times: Times | None) -> str:

@@ -69,6 +69,11 @@ def make_traffic(
     usual = StepTime()
     step_time = StepTime(usual.fixed_s / speed, usual.prefill_s / speed, usual.context_s / speed)
     is_timed = has_clock if load is Load.AUTO else load is Load.RECORDED
+    if patience_s is not None and not is_timed:
+        remedy = "play it with --load recorded, or leave --patience out" if has_clock else "leave --patience out"
+        raise ConfigError(f"--patience does nothing where requests always wait, as {path} is played here; {remedy}")
+    if patience_s is not None and not patience_s >= 0:  # NaN as well
+        raise ConfigError(f"--patience is {patience_s}; it must be a number of seconds, 0 or more")
     return Traffic(summary, is_timed, policy.value, max_requests, patience_s, step_time)
 
 

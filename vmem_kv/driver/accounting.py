@@ -6,6 +6,11 @@ Guarantees
   * Memory costs nothing here until bytes are copied into it; then only those pieces of `_PIECE_BYTES` that were
     written are kept, so that a test can look at them. Addresses are numbers: nobody may follow them.
   * The books are exact. A driver of 141 GB runs out of pages where a device of that size would.
+  * `calls` counts batches, as every driver does; `items` counts what a device's own driver is called for: once for
+    each page that is created, mapped or released, once for each span that is made accessible, unmapped or scrubbed,
+    once for each copy and reservation. Only what took effect is counted.
+  * Where neighbours merge, a page is named by the place where it is mapped first, so that a row of them counts as one
+    mapping; as on the host.
 
 Assumptions: what a device does beside that (time per call, fragmentation of its own) is not modelled.
 """
@@ -90,6 +95,8 @@ class AccountingDriver(Driver):
             zeroes_new_pages=zeroes_new_pages,
         )
         self.calls = Counter()
+        self.items: Counter[str] = Counter()
+        """Calls of a device's own driver that the batches come to, by operation."""
         self.ledger = ledger or Ledger()
         self.n_created_bytes = 0
         """Physical memory of all live pages."""
@@ -101,7 +108,9 @@ class AccountingDriver(Driver):
         self._aliases: Counter[Handle] = Counter()  # mappings of a page past its first one
         self._pieces: dict[Handle, dict[int, bytearray]] = {}  # what was written, by index
         self._next_address = round_up(_FIRST_ADDRESS, granularity_bytes)
-        self._next_handle = 1
+        self._next_handle = 1  # above all places where pages are named by them
+        if neighbours_merge:
+            self._next_handle = _END_OF_ADDRESSES + 1
         self._n_mapped = 0
         self._is_closed = False
 
@@ -137,6 +146,7 @@ class AccountingDriver(Driver):
             self._next_address = end + self.info.granularity_bytes  # a gap: what runs over an end hits nothing
             self._bases.append(reservation.base)
             self._ranges[reservation.base] = _Range(reservation)
+            self.items["reserve"] += 1
             return reservation
 
     def free_reservation(self, reservation: Reservation) -> None:
@@ -149,16 +159,17 @@ class AccountingDriver(Driver):
                 raise UsageError(f"free_reservation of {reservation} with {len(found.mapped)} pages mapped in it")
             del self._ranges[reservation.base]
             self._bases.remove(reservation.base)
+            self.items["free_reservation"] += 1
 
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
         with self._lock:
             self._enter("create")
             self._require_multiple("create", page_bytes)
             n_affordable = min(len(places), self.available_bytes() // page_bytes)
-            handles = [Handle(n) for n in range(self._next_handle, self._next_handle + n_affordable)]
-            self._next_handle += n_affordable
+            handles = self._names(places[:n_affordable])
             self._pages.update(dict.fromkeys(handles, page_bytes))
             self.n_created_bytes += n_affordable * page_bytes
+            self.items["create"] += n_affordable
             created += handles
             if n_affordable < len(places):
                 error = OutOfPages(
@@ -188,12 +199,14 @@ class AccountingDriver(Driver):
                     self._aliases[handle] += handle in self._mapped_handles
                     self._mapped_handles.add(handle)
             self._n_mapped += len(handles)
+            self.items["map"] += len(handles)
 
     def set_access(self, spans: Sequence[Span]) -> None:
         with self._lock:
             self._enter("set_access")
             for found, places in self._whole_mappings("set_access", spans):
                 found.accessible.update(places)
+            self.items["set_access"] += len(spans)
 
     def unmap(self, spans: Sequence[Span]) -> None:
         with self._lock:
@@ -213,6 +226,7 @@ class AccountingDriver(Driver):
                 if not self._aliases:
                     self._mapped_handles.difference_update(handles)
                 self._aliases = +self._aliases
+            self.items["unmap"] += len(spans)
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         with self._lock:
@@ -227,6 +241,7 @@ class AccountingDriver(Driver):
             for handle in self._pieces.keys() & handles:
                 del self._pieces[handle]
             self.n_created_bytes -= len(handles) * page_bytes
+            self.items["release"] += len(handles)
 
     def scrub(self, spans: Sequence[Span]) -> None:
         with self._lock:
@@ -236,6 +251,7 @@ class AccountingDriver(Driver):
                     raise UsageError(f"scrub from {places[0]:#x} on before set_access")
                 for place in places if self._pieces else ():
                     self._pieces.pop(found.mapped[place], None)
+            self.items["scrub"] += len(spans)
 
     def copy(self, copies: Sequence[Copy]) -> None:
         with self._lock:
@@ -247,6 +263,7 @@ class AccountingDriver(Driver):
                 self._cuts("copy to", target, n_bytes)
             for source, target, n_bytes in copies:
                 self._write("copy to", target, self._read("copy from", source, n_bytes))
+            self.items["copy"] += len(copies)
 
     def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
         with self._lock:
@@ -254,12 +271,14 @@ class AccountingDriver(Driver):
             if buffer.readonly:
                 raise UsageError("copy_to_host into a buffer that is read-only")
             buffer.cast("B")[:] = self._read("copy_to_host", address, buffer.nbytes)
+            self.items["copy_to_host"] += 1
             return PASSED
 
     def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
         with self._lock:
             self._enter("copy_from_host")
             self._write("copy_from_host", address, bytes(buffer))
+            self.items["copy_from_host"] += 1
             return PASSED
 
     def fence(self, streams: Collection[int] = ()) -> Fence:
@@ -273,6 +292,19 @@ class AccountingDriver(Driver):
             self._pieces.clear()
             self.n_created_bytes = 0
             self._is_closed = True
+
+    def _names(self, places: Sequence[int]) -> list[Handle]:
+        """Name new pages: by their places where neighbours merge and the place's name is free, else by number."""
+        if not self.info.neighbours_merge:
+            first, self._next_handle = self._next_handle, self._next_handle + len(places)
+            return [Handle(n) for n in range(first, self._next_handle)]
+        names: dict[Handle, None] = {}
+        for place in places:
+            name = Handle(place)
+            if name in names or name in self._pages:
+                name, self._next_handle = Handle(self._next_handle), self._next_handle + 2
+            names[name] = None
+        return list(names)
 
     def _enter(self, operation: str) -> None:
         if self._is_closed:

@@ -42,12 +42,9 @@ from vmem_kv.driver.cuda_errors import (
     OUT_OF_MEMORY,
     SUCCESS,
 )
-from vmem_kv.driver.ledger import Ledger, ledger_of_device
+from vmem_kv.driver.ledger import MAX_DEVICE_MAPPINGS, Ledger, ledger_of_device
 from vmem_kv.errors import ConfigError, DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, UsageError, VmemError
 from vmem_kv.units import format_bytes
-
-MAX_MAPPINGS = 500_000
-"""Live mappings per device. On an H100 others met a ceiling of 523,404, whatever the pages' size."""
 
 _MAX_RESERVATION_BYTES = 1 << 46
 _LEGACY_STREAM = 1  # CU_STREAM_LEGACY
@@ -159,7 +156,7 @@ class CudaDriver(Driver):
         index: int,
         runtime: Runtime,
         *,
-        max_mappings: int = MAX_MAPPINGS,
+        max_mappings: int = MAX_DEVICE_MAPPINGS,
         tensor_device: str | None = None,
         ledger: Ledger | None = None,
     ) -> None:

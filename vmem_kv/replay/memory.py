@@ -13,18 +13,22 @@ Guarantees: `grow` and `begin` either do all or raise a CapacityError and change
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NewType, Protocol
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.base import Driver
-from vmem_kv.errors import CapacityError, UsageError
+from vmem_kv.errors import CapacityError, OutOfAddressSpace, OutOfMappings, OutOfPages, OutOfSlots, UsageError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
 
 Key = NewType("Key", int)
 """A running sequence, as its memory calls it."""
+
+Shortage = type[CapacityError]
+"""What there is too little of, as the error that says so."""
 
 
 class Memory(Protocol):
@@ -51,18 +55,30 @@ class Memory(Protocol):
         """All memory that is held."""
 
     @property
-    def n_driver_calls(self) -> int:
-        """Calls of the driver so far."""
+    def n_batches(self) -> int:
+        """Calls of our driver so far; each may be for many pages."""
+
+    @property
+    def n_driver_calls(self) -> int | None:
+        """Calls that these batches come to on a device, one for each page or span; None where nobody counts them."""
+
+    @property
+    def n_peak_mappings(self) -> int:
+        """The most mappings that were charged at once; 0 where nothing is mapped."""
+
+    @property
+    def max_mappings(self) -> int | None:
+        """The limit on mappings; None where there is none."""
 
     @property
     def allocator_ns(self) -> int | None:
-        """Nanoseconds spent in the allocator so far; None where there is none to measure."""
+        """Nanoseconds spent in the allocator and its driver so far; None where there is none to measure."""
 
-    def fits(self, n_tokens: int) -> bool:
-        """Whether a sequence of so many tokens could run, if it were alone."""
+    def obstacle(self, n_tokens: int) -> Shortage | None:
+        """What keeps a sequence of so many tokens from running, even if it were alone; None if nothing does."""
 
-    def can_admit(self, n_tokens: int) -> bool:
-        """Whether a sequence of so many tokens could begin now, such that the running ones have room to grow."""
+    def lack(self, n_tokens: int) -> Shortage | None:
+        """What keeps it from beginning now, such that the running ones have room to grow; None if nothing does."""
 
     def begin(self, n_tokens: int, expected_tokens: int) -> Key:
         """Start a sequence with so many tokens, which may become `expected_tokens` long.
@@ -96,6 +112,7 @@ class AllocatorMemory:
         headroom: Share of the budget that admission leaves to the running sequences.
         keeps_warm: Whether ended sequences leave their pages mapped for the next ones, until somebody needs them; else
             they are unmapped at once.
+        items: Where the driver counts calls of a device's own driver by kind; None if it does not.
     """
 
     def __init__(
@@ -107,6 +124,7 @@ class AllocatorMemory:
         *,
         headroom: float = 0.01,
         keeps_warm: bool = True,
+        items: Counter[str] | None = None,
     ) -> None:
         self.name = name
         self.layout = layout
@@ -114,7 +132,9 @@ class AllocatorMemory:
         self.token_bytes = layout.token_bytes
         self.allocator_ns = 0
         self.n_peak_mappings = 0
+        self.max_mappings: int | None = driver.info.max_mappings
         self._driver = driver
+        self._items = items
         self._pool = self.cache.pool
         self._headroom_pages = int(self._pool.max_pages * headroom)
         self._keeps_warm = keeps_warm
@@ -139,24 +159,45 @@ class AllocatorMemory:
         return self._pool.n_owned * self.layout.page_bytes
 
     @property
-    def n_driver_calls(self) -> int:
+    def n_batches(self) -> int:
         """Calls of all kinds; a batch counts once."""
-        return sum(self._driver.calls.values())
+        return self._driver.calls.total()
 
     @property
-    def driver_calls(self) -> dict[str, int]:
-        """Calls by kind."""
+    def batches(self) -> dict[str, int]:
+        """The same by kind."""
         return dict(self._driver.calls)
 
-    def fits(self, n_tokens: int) -> bool:
-        return n_tokens <= self.layout.max_tokens and self.layout.n_pages(n_tokens) <= self._pool.max_pages
+    @property
+    def n_driver_calls(self) -> int | None:
+        """Calls of all kinds; each page or span counts."""
+        return None if self._items is None else self._items.total()
 
-    def can_admit(self, n_tokens: int) -> bool:
-        # Warm pages count as free: growth reclaims them.
-        headroom = self._headroom_pages if self._capacity else 0
-        n_taken = self._n_active_pages + self._pool.n_quarantined + headroom
+    @property
+    def driver_calls(self) -> dict[str, int] | None:
+        """The same by kind."""
+        return None if self._items is None else dict(self._items)
+
+    def obstacle(self, n_tokens: int) -> Shortage | None:
+        if n_tokens > self.layout.max_tokens:
+            return OutOfAddressSpace
+        n_pages = self.layout.n_pages(n_tokens)
+        if n_pages > self._pool.max_pages:
+            return OutOfPages
+        return OutOfMappings if self._mappings(n_pages, 1) > self._driver.info.max_mappings else None
+
+    def lack(self, n_tokens: int) -> Shortage | None:
         n_running = len(self._capacity)
-        return n_running < self.layout.n_slots and n_taken + self.layout.n_pages(n_tokens) <= self._pool.max_pages
+        if n_running >= self.layout.n_slots:
+            return OutOfSlots
+        # Warm pages count as free: growth reclaims them.
+        headroom = self._headroom_pages if n_running else 0
+        n_pages = self._n_active_pages + self._pool.n_quarantined + headroom + self.layout.n_pages(n_tokens)
+        if n_pages > self._pool.max_pages:
+            return OutOfPages
+        if self._mappings(n_pages, n_running + 1) > self._driver.info.max_mappings:
+            return OutOfMappings
+        return None
 
     def begin(self, n_tokens: int, expected_tokens: int) -> Key:
         began = time.perf_counter_ns()
@@ -213,6 +254,12 @@ class AllocatorMemory:
         self.cache.close()
         self._pool.trim()
         self._driver.close()
+
+    def _mappings(self, n_pages: int, n_sequences: int) -> int:
+        """What so many pages of so many sequences cost of the limit, if neighbours merge where they can."""
+        info = self._driver.info
+        n_runs = n_sequences * len(self.layout.planes) if info.neighbours_merge else n_pages
+        return n_runs * info.mappings_per_run
 
     def _note(self, slot_id: SlotId) -> None:
         """Take over what a slot holds now."""

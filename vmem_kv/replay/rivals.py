@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from vmem_kv.errors import OutOfPages
-from vmem_kv.replay.memory import Key
+from vmem_kv.errors import OutOfAddressSpace, OutOfPages
+from vmem_kv.replay.memory import Key, Shortage
 from vmem_kv.units import round_up
 
 Rule = Callable[[int], int]
@@ -54,7 +54,10 @@ class RivalMemory:
         self.name = name
         self.token_bytes = token_bytes
         self.allocator_ns: int | None = None
-        self.n_driver_calls = 1  # the allocation at the start
+        self.n_batches = 1  # the allocation at the start
+        self.n_driver_calls: int | None = 1
+        self.n_peak_mappings = 0
+        self.max_mappings: int | None = None
         self._rule = rule
         self._max_tokens = max_tokens
         self._budget_tokens = budget_bytes // token_bytes
@@ -78,12 +81,15 @@ class RivalMemory:
         """All of the budget."""
         return self._budget_tokens * self.token_bytes
 
-    def fits(self, n_tokens: int) -> bool:
-        return n_tokens <= self._max_tokens and self._rule(n_tokens) <= self._budget_tokens
+    def obstacle(self, n_tokens: int) -> Shortage | None:
+        if n_tokens > self._max_tokens:
+            return OutOfAddressSpace
+        return OutOfPages if self._rule(n_tokens) > self._budget_tokens else None
 
-    def can_admit(self, n_tokens: int) -> bool:
+    def lack(self, n_tokens: int) -> Shortage | None:
         headroom = self._headroom_tokens if self._held else 0
-        return self._n_held + headroom + self._rule(n_tokens) <= self._budget_tokens
+        n_held = self._n_held + headroom + self._rule(n_tokens)
+        return OutOfPages if n_held > self._budget_tokens else None
 
     def begin(self, n_tokens: int, expected_tokens: int) -> Key:
         self._n_begun += 1

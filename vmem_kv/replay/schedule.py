@@ -9,9 +9,10 @@ One step is what an engine does between two launches:
     account   the step takes `StepTime` seconds of simulated time; memory is sampled once, now, and counts for all of it
     end       sequences that have written their last token go
 
-A request that could not run alone in the budget is rejected when it arrives, one that has waited for longer than
-`patience_s` when its turn comes near. A prompt of p tokens with o outputs ends
-at p + o - 1 tokens: the last one is never written into the cache. Prompts are not chunked and prefixes not shared.
+A request that could not run alone is rejected when it arrives, one that has waited for longer than `patience_s` since
+its arrival when its turn comes near. Every rejection is counted by its reason: the shortage (pages, mappings,
+addresses) or patience. A prompt of p tokens with o outputs ends at p + o - 1 tokens: the last one is never written into
+the cache. Prompts are not chunked and prefixes not shared.
 
 Guarantees: every step of every sequence is made, none is skipped or estimated; only the clock jumps over times in
 which nothing runs. The same requests and settings give the same counts. After an interruption `report` still says what
@@ -26,8 +27,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from vmem_kv.errors import CapacityError, ConfigError
-from vmem_kv.replay.memory import Key, Memory
+from vmem_kv.errors import CapacityError, ConfigError, OutOfPages
+from vmem_kv.replay.memory import Key, Memory, Shortage
 from vmem_kv.replay.statistics import Report, Sample, Statistics
 from vmem_kv.traces.formats import Request
 
@@ -42,7 +43,7 @@ class Job:
     n_prefill: int  # tokens to compute before the next output
     n_left: int  # outputs to come, at least 1: a prompt is computed even if nothing is asked for
     n_outputs: int  # of all of it
-    arrived_s: float
+    arrived_s: float  # on the replay's clock; with arrivals, that of the trace and not of the step that saw it
     n_preempted: int = 0
     ends_at: int = -1  # the step behind which it is done
 
@@ -152,7 +153,12 @@ class Replay:
     def report(self) -> Report:
         """Say what was found so far."""
         return self.statistics.report(
-            self.memory.name, is_complete=self._is_complete, n_driver_calls=self.memory.n_driver_calls
+            self.memory.name,
+            is_complete=self._is_complete,
+            n_batches=self.memory.n_batches,
+            n_driver_calls=self.memory.n_driver_calls,
+            n_peak_mappings=self.memory.n_peak_mappings,
+            max_mappings=self.memory.max_mappings,
         )
 
     @property
@@ -167,13 +173,13 @@ class Replay:
                 self.now_s = max(self.now_s, self._next.arrival_s - self._first_s)
             return
         memory, counts = self.memory, self.statistics.counts
-        n_calls_before, ns_before = memory.n_driver_calls, memory.allocator_ns
+        n_batches_before, ns_before = memory.n_batches, memory.allocator_ns
         n_running_before = len(self._running)
         n_preempted = self._decode()
         n_prefilled = 0 if n_preempted else self._admit()
         if self._waiting and not self._running and not n_preempted:
-            self._waiting.popleft()  # memory is as empty as it gets, and nobody fits: its books leave no room for it
-            counts.n_rejected += 1
+            job = self._waiting.popleft()  # memory is as empty as it gets, and nobody fits: there is no room for it
+            counts.reject((memory.lack(job.n_prefill) or OutOfPages).__name__)
         counts.n_output_tokens += len(self._running)
         counts.n_prompt_tokens += n_prefilled
         n_running = len(self._running)
@@ -187,15 +193,17 @@ class Replay:
         time = self._time
         seconds = time.fixed_s + time.prefill_s * n_prefilled + time.context_s * self._n_live_tokens
         n_ended = self._end()
-        n_calls = memory.n_driver_calls
+        n_batches = memory.n_batches
         if n_running:
             self.statistics.add_step(
                 sample,
                 seconds,
                 is_loaded=bool(self._waiting),
-                is_quiet=n_calls == n_calls_before and n_running == n_running_before and not (n_ended or n_prefilled),
+                is_quiet=n_batches == n_batches_before
+                and n_running == n_running_before
+                and not (n_ended or n_prefilled),
                 took_ns=None if memory.allocator_ns is None or ns_before is None else memory.allocator_ns - ns_before,
-                n_calls=n_calls,
+                n_calls=memory.n_driver_calls,
             )
             self.now_s += seconds
         self._step += 1
@@ -213,10 +221,12 @@ class Replay:
             elif len(self._waiting) >= LOOK_AHEAD:
                 return
             n_left = max(1, request.output_tokens)
-            if self.memory.fits(request.prompt_tokens + n_left - 1):
-                self._waiting.append(Job(request.prompt_tokens, n_left, n_left, self.now_s))
+            obstacle = self.memory.obstacle(request.prompt_tokens + n_left - 1)
+            if obstacle is None:
+                came_s = (request.arrival_s or 0.0) - self._first_s if self._is_timed else self.now_s
+                self._waiting.append(Job(request.prompt_tokens, n_left, n_left, came_s))
             else:
-                self.statistics.counts.n_rejected += 1
+                self.statistics.counts.reject(obstacle.__name__)
                 self._watch(self._n_through)
             self._next = next(self._requests, None)
             if self._is_timed and self._next is not None and (self._next.arrival_s or 0.0) < (request.arrival_s or 0.0):
@@ -231,7 +241,7 @@ class Replay:
             if self.now_s - self._waiting[0].arrived_s <= self._patience_s:
                 return
             self._waiting.popleft()
-            self.statistics.counts.n_rejected += 1
+            self.statistics.counts.reject("patience")
 
     def _decode(self) -> int:
         """Give every running sequence room for one more token; return how many were preempted for it."""
@@ -240,8 +250,8 @@ class Replay:
             longer = {key: n_tokens + 1 for key, n_tokens in self._lengths.items()}
             try:
                 self.memory.grow(longer)
-            except CapacityError:
-                self._preempt()
+            except CapacityError as error:
+                self._preempt(type(error))
                 n_preempted += 1
             else:
                 self._lengths = longer
@@ -249,7 +259,7 @@ class Replay:
                 return n_preempted
         return n_preempted
 
-    def _preempt(self) -> None:
+    def _preempt(self, shortage: Shortage) -> None:
         """Throw out the newest; what it had is computed again later. The last one left is rejected: it cannot run."""
         key, job = self._running.popitem()
         n_tokens = self._lengths.pop(key)
@@ -260,9 +270,9 @@ class Replay:
         self._n_live_tokens -= n_tokens
         counts = self.statistics.counts
         if not self._running:
-            counts.n_rejected += 1
+            counts.reject(shortage.__name__)
             return
-        counts.n_preemptions += 1
+        counts.preempt(shortage.__name__)
         job.n_prefill, job.n_left = n_tokens + 1, n_left
         job.n_preempted += 1
         self._waiting.appendleft(job)
@@ -272,8 +282,9 @@ class Replay:
         n_prefilled, memory = 0, self.memory
         while self._waiting and len(self._running) < self._n_max_running:
             prompts = [job.n_prefill for job in islice(self._waiting, LOOK_AHEAD)]
-            index = self._policy(prompts, memory.can_admit)
+            index = self._policy(prompts, lambda n_tokens: memory.lack(n_tokens) is None)
             if index is None:
+                self.statistics.counts.hold((memory.lack(prompts[0]) or OutOfPages).__name__)
                 break
             job = self._waiting[index]
             counts = self.statistics.counts
@@ -281,11 +292,12 @@ class Replay:
             n_outputs = self._n_outputs_done // max(1, counts.n_done)
             try:
                 key = memory.begin(job.n_prefill, job.n_prefill + n_outputs)
-            except CapacityError:
+            except CapacityError as error:
                 if not self._running:  # nothing will come free: it cannot run at all
                     del self._waiting[index]
-                    counts.n_rejected += 1
+                    counts.reject(type(error).__name__)
                     continue
+                counts.hold(type(error).__name__)
                 break
             del self._waiting[index]
             job.ends_at = self._step + job.n_left - 1

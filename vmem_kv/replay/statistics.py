@@ -11,9 +11,12 @@ from __future__ import annotations
 from array import array
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vmem_kv.units import MIB
+
+Window = Literal["whole", "loaded"]
+"""While anything ran, or while requests waited for memory, too."""
 
 _MAX_POINTS = 128
 """Of the series; when it is full, neighbours are put together."""
@@ -121,6 +124,23 @@ class Counts:
     n_recomputed_tokens: int = 0
     n_output_tokens: int = 0
     n_steps: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)  # by reason: the shortage's name, or "patience"
+    preempted: dict[str, int] = field(default_factory=dict)  # by the shortage's name
+    held_up: dict[str, int] = field(default_factory=dict)  # steps in which it kept the first who waited from beginning
+
+    def reject(self, reason: str) -> None:
+        """Count a request that will not run."""
+        self.n_rejected += 1
+        self.rejected[reason] = self.rejected.get(reason, 0) + 1
+
+    def preempt(self, reason: str) -> None:
+        """Count a sequence that lost its memory."""
+        self.n_preemptions += 1
+        self.preempted[reason] = self.preempted.get(reason, 0) + 1
+
+    def hold(self, reason: str) -> None:
+        """Count a step in which somebody waited for memory."""
+        self.held_up[reason] = self.held_up.get(reason, 0) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +168,30 @@ class Report:
     peak_owned_bytes: int
     n_peak_running: int
     peak_live_of_owned: float | None  # at the moment of the most live bytes
-    n_driver_calls: int
-    driver_calls_per_1000_tokens: float | None  # per output token, over the whole run
+    n_peak_mappings: int  # of at most max_mappings
+    max_mappings: int | None
+    n_batches: int
+    n_driver_calls: int | None  # one for each page or span of a batch; None where nobody counts them
+    batches_per_1000_tokens: float | None  # per output token, over the whole run
+    driver_calls_per_1000_tokens: float | None  # likewise
     late_driver_calls_per_1000_tokens: float | None  # over its second half: steady state
-    step_times: Times | None  # all steps
+    step_times: Times | None  # all steps; the driver's own time is in it
     quiet_times: Times | None  # steps in which nobody came, went or needed a page
     series: Series
 
     @property
     def averages(self) -> Averages:
         """While requests waited, if that was half of the time at least: filling and draining do not count then."""
-        return self.loaded if 2 * self.loaded.seconds >= self.whole.seconds > 0 else self.whole
+        return self.averages_of(self.window)
+
+    @property
+    def window(self) -> Window:
+        """Which of the two `averages` is."""
+        return "loaded" if 2 * self.loaded.seconds >= self.whole.seconds > 0 else "whole"
+
+    def averages_of(self, window: Window) -> Averages:
+        """Averages over a window."""
+        return self.loaded if window == "loaded" else self.whole
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -183,10 +216,17 @@ class Statistics:
     _quiet_ns: array[int] = field(default_factory=lambda: array("q"))
     _n_running_sum: int = 0
     _n_quiet_running_sum: int = 0
-    _marks: list[tuple[int, int]] = field(default_factory=list)  # (output tokens, driver calls), thinned out
+    _marks: list[tuple[int, int | None]] = field(default_factory=list)  # (output tokens, driver calls), thinned out
 
     def add_step(
-        self, sample: Sample, seconds: float, *, is_loaded: bool, is_quiet: bool, took_ns: int | None, n_calls: int
+        self,
+        sample: Sample,
+        seconds: float,
+        *,
+        is_loaded: bool,
+        is_quiet: bool,
+        took_ns: int | None,
+        n_calls: int | None,
     ) -> None:
         """Count a step: its memory, its simulated length, the allocator's time in it, driver calls so far."""
         self.counts.n_steps += 1
@@ -206,7 +246,16 @@ class Statistics:
                 self._n_quiet_running_sum += sample.n_running
         self._add_point(sample, seconds, n_calls)
 
-    def report(self, scheme: str, *, is_complete: bool, n_driver_calls: int) -> Report:
+    def report(
+        self,
+        scheme: str,
+        *,
+        is_complete: bool,
+        n_batches: int,
+        n_driver_calls: int | None,
+        n_peak_mappings: int = 0,
+        max_mappings: int | None = None,
+    ) -> Report:
         """Summarise what was collected so far."""
         n_tokens = self.counts.n_output_tokens
         return Report(
@@ -220,8 +269,12 @@ class Statistics:
             peak_owned_bytes=self.peak_owned_bytes,
             n_peak_running=self.n_peak_running,
             peak_live_of_owned=_ratio(self.peak.live_bytes, self.peak.owned_bytes),
+            n_peak_mappings=n_peak_mappings,
+            max_mappings=max_mappings,
+            n_batches=n_batches,
             n_driver_calls=n_driver_calls,
-            driver_calls_per_1000_tokens=1000 * n_driver_calls / n_tokens if n_tokens else None,
+            batches_per_1000_tokens=_ratio(1000 * n_batches, n_tokens),
+            driver_calls_per_1000_tokens=None if n_driver_calls is None else _ratio(1000 * n_driver_calls, n_tokens),
             late_driver_calls_per_1000_tokens=self._late_calls(n_driver_calls),
             step_times=Times.of(self._all_ns, self._n_running_sum),
             quiet_times=Times.of(self._quiet_ns, self._n_quiet_running_sum),
@@ -238,7 +291,7 @@ class Statistics:
             tuple(round(a.n_running, 1) for a in averages),
         )
 
-    def _add_point(self, sample: Sample, seconds: float, n_calls: int) -> None:
+    def _add_point(self, sample: Sample, seconds: float, n_calls: int | None) -> None:
         if self._n_in_point == 0:
             if len(self._points) == _MAX_POINTS:
                 for one, other in zip(self._points[::2], self._points[1::2], strict=True):
@@ -250,10 +303,12 @@ class Statistics:
         self._points[-1].add(sample, seconds)
         self._n_in_point = (self._n_in_point + 1) % self._steps_per_point
 
-    def _late_calls(self, n_driver_calls: int) -> float | None:
+    def _late_calls(self, n_driver_calls: int | None) -> float | None:
+        if n_driver_calls is None:
+            return None
         n_tokens = self.counts.n_output_tokens
         for n_tokens_then, n_calls_then in self._marks:
-            if 2 * n_tokens_then >= n_tokens > n_tokens_then:
+            if n_calls_then is not None and 2 * n_tokens_then >= n_tokens > n_tokens_then:
                 return 1000 * (n_driver_calls - n_calls_then) / (n_tokens - n_tokens_then)
         return None
 

@@ -10,26 +10,29 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.accounting import AccountingDriver
-from vmem_kv.driver.base import Driver
-from vmem_kv.errors import ConfigError
+from vmem_kv.driver.host import HEADROOM_MAPPINGS
+from vmem_kv.driver.ledger import MAX_DEVICE_MAPPINGS
+from vmem_kv.errors import ConfigError, OutOfAddressSpace
 from vmem_kv.layout import Layout
 from vmem_kv.pages import BUDGET_SHARE, PagePool
 from vmem_kv.replay.memory import AllocatorMemory, Memory
 from vmem_kv.replay.rivals import RivalMemory, Rule, blocks_of, maximum_length, power_of_two
 from vmem_kv.replay.schedule import POLICIES, Replay, StepTime
-from vmem_kv.replay.statistics import Report, Times
+from vmem_kv.replay.statistics import Report, Times, Window
 from vmem_kv.traces.formats import Request, TraceSummary, read_trace
 from vmem_kv.traces.shapes import ModelShape
 from vmem_kv.units import KIB, MIB, ceil_div, format_bytes, round_up
 
 HOST_GRANULARITY_BYTES = 4 * KIB
+HOST_MAX_MAPPINGS = 65_530 - HEADROOM_MAPPINGS
+"""What Linux allows a process unless vm.max_map_count is raised, less what the host driver leaves alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +70,15 @@ class Scheme:
     open: Callable[[Setting], Memory]
 
 
-def cuda_like(budget_bytes: int, page_bytes: int) -> Driver:
+def cuda_like(budget_bytes: int, page_bytes: int) -> AccountingDriver:
     """Books like those of a CUDA device with room for a budget: pages of 2 MiB or more, freed handles are kept."""
     granularity = min(2 * MIB, page_bytes & -page_bytes)
-    return AccountingDriver(_memory_for(budget_bytes, page_bytes), granularity, zeroes_new_pages=False)
+    return AccountingDriver(
+        _memory_for(budget_bytes, page_bytes), granularity, max_mappings=MAX_DEVICE_MAPPINGS, zeroes_new_pages=False
+    )
 
 
-def host_like(budget_bytes: int, page_bytes: int) -> Driver:
+def host_like(budget_bytes: int, page_bytes: int) -> AccountingDriver:
     """Books like those of a host: OS pages, neighbours are one mapping, freed pages go back to the system."""
     return AccountingDriver(
         _memory_for(budget_bytes, page_bytes),
@@ -81,6 +86,7 @@ def host_like(budget_bytes: int, page_bytes: int) -> Driver:
         neighbours_merge=True,
         mappings_per_run=2,
         keeps_pay=False,
+        max_mappings=HOST_MAX_MAPPINGS,
     )
 
 
@@ -95,14 +101,13 @@ def open_allocator(
     name: str,
     kind: str,
     page_bytes: int,
-    open_driver: Callable[[int, int], Driver] = cuda_like,
+    open_driver: Callable[[int, int], AccountingDriver] = cuda_like,
     keeps_warm: bool = True,
 ) -> AllocatorMemory:
     """Open the real allocator for a study.
 
     Raises:
-        ConfigError: The driver cannot offer what was asked.
-        OutOfAddressSpace: The slots need more addresses than there are.
+        ConfigError: The driver cannot offer what was asked, or the slots need more addresses than there are.
     """
     if page_bytes > setting.budget_bytes:
         raise ConfigError(
@@ -119,18 +124,35 @@ def open_allocator(
     driver = open_driver(setting.budget_bytes, page_bytes)
     try:
         return AllocatorMemory(
-            name, driver, layout, setting.budget_bytes, headroom=setting.headroom, keeps_warm=keeps_warm
+            name,
+            driver,
+            layout,
+            setting.budget_bytes,
+            headroom=setting.headroom,
+            keeps_warm=keeps_warm,
+            items=driver.items,
         )
+    except OutOfAddressSpace as error:
+        driver.close()
+        raise too_many_addresses(layout) from error
     except BaseException:
         driver.close()
         raise
+
+
+def too_many_addresses(layout: Layout) -> ConfigError:
+    """What to raise where the slots of a replay need more addresses than there are."""
+    return ConfigError(
+        f"{layout.n_slots:,} sequences of up to {layout.max_tokens:,} tokens need "
+        f"{format_bytes(layout.virtual_bytes)} of addresses, more than there are; lower --max-batch"
+    )
 
 
 def _ours(
     name: str,
     kind: str,
     page_bytes: int,
-    open_driver: Callable[[int, int], Driver] = cuda_like,
+    open_driver: Callable[[int, int], AccountingDriver] = cuda_like,
     *,
     keeps_warm: bool = False,
 ) -> Scheme:
@@ -214,8 +236,8 @@ class Row:
     wall_s: float
     report: Report
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+    def to_json(self, window: Window) -> dict[str, Any]:
+        """Everything as plain data; `window` is that of the table in which the row stands."""
         setting, traffic = self.setting, self.traffic
         return {
             "trace": self.trace,
@@ -235,9 +257,19 @@ class Row:
             "scheme": self.scheme,
             "counted_as_waste": self.waste,
             "wall_s": round(self.wall_s, 2),
-            "averaged": "while requests waited" if self.report.averages is self.report.loaded else "all of the time",
+            "averaged": window,
             **self.report.to_json(),
         }
+
+
+def window_of(rows: Sequence[Row]) -> Window:
+    """The window over which all rows of one table are averaged: as for one row, if every row has that window."""
+    return "loaded" if all(row.report.window == "loaded" for row in rows) else "whole"
+
+
+def rows_to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as plain data, those of each traffic as one table."""
+    return [row.to_json(window_of([other for other in rows if other.traffic is row.traffic])) for row in rows]
 
 
 def trace_name(path: Path) -> str:
@@ -282,7 +314,7 @@ def run_scheme(
 
 @dataclass(frozen=True, slots=True)
 class DecodeCost:
-    """What the allocator takes of a decode step, in microseconds of this machine."""
+    """What the allocator takes of a decode step, in microseconds of this machine; `growing` has the driver's books."""
 
     n_running: int
     budget_bytes: int
@@ -342,6 +374,7 @@ def measure_decode(
 def count_steady_calls(setting: Setting, requests: Iterable[Request], *, kind: str, page_bytes: int) -> list[int]:
     """Run the same requests as one batch, three times over, with warm slots; return the driver calls of each time.
 
+    A call for each page or span, as a device's own driver is called.
     Requests that do not fit beside those in front of them are left out.
     """
     ends = [(r.prompt_tokens, r.prompt_tokens + max(1, r.output_tokens) - 1) for r in requests]
@@ -359,12 +392,12 @@ def count_steady_calls(setting: Setting, requests: Iterable[Request], *, kind: s
             n_pages += n_more
     n_calls = []
     for _ in range(3):
-        before = sum(driver.calls.values())
+        before = driver.items.total()
         slots = {cache.acquire(expected_tokens=final): (prompt, final) for prompt, final in batch}
         for n_more in range(max((final - prompt for prompt, final in batch), default=0) + 1):
             cache.ensure({slot: min(prompt + n_more, final) for slot, (prompt, final) in slots.items()})
         cache.retire(list(slots))
-        n_calls.append(sum(driver.calls.values()) - before)
+        n_calls.append(driver.items.total() - before)
     cache.close()
     cache.pool.trim()
     driver.close()

@@ -12,7 +12,8 @@ lengths are estimates then, and `TraceSummary.note` says so. Each answer is a re
 said before it.
 
 Guarantees: no file is held in memory as a whole; what is no row of its form raises ConfigError with file, line and
-reason, and nothing is passed over silently. Only what a row says is used: prefixes that requests share are not.
+reason (so does a row with more cells than the header, or a header that has one name twice), and nothing is passed over
+silently. Only what a row says is used: prefixes that requests share are not.
 """
 
 from __future__ import annotations
@@ -129,10 +130,14 @@ def _recognise(file: BinaryIO, place: Place) -> tuple[str, Iterator[Request]]:
     if line.lstrip().startswith("{"):
         return "Mooncake", _mooncake(line, lines, place)
     header = [name.strip() for name in _cells(line, place)]
+    if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
+        raise place.error(
+            f"has {', '.join(twice)[:120]!r} in its header more than once; each column needs a name of its own"
+        )
     for name, columns, parse in _CSV_FORMS:
         if set(columns) <= set(header):
             indices = [header.index(column) for column in columns]
-            return name, _csv_rows(indices, _arrival_index(name, header), lines, place, parse)
+            return name, _csv_rows(indices, _arrival_index(name, header), len(header), lines, place, parse)
     known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns, _ in _CSV_FORMS)
     shown = ", ".join(header)
     raise place.error(
@@ -150,6 +155,7 @@ def _arrival_index(form: str, header: Sequence[str]) -> int | None:
 def _csv_rows(
     token_indices: Sequence[int],
     arrival_index: int | None,
+    n_columns: int,
     lines: Iterator[str],
     place: Place,
     parse_arrival: Callable[[str, Place], float | None],
@@ -162,6 +168,11 @@ def _csv_rows(
         cells = _cells(line, place)
         if len(cells) < n_needed:
             raise place.error(f"has {len(cells)} columns, {n_needed} are needed: {line[:60]!r}")
+        if len(cells) > n_columns:
+            raise place.error(
+                f"has {len(cells)} cells, but the header names {n_columns} columns; quote cells that hold commas: "
+                f"{line[:60]!r}"
+            )
         arrival_s = None if arrival_index is None else parse_arrival(cells[arrival_index].strip(), place)
         yield Request(
             arrival_s,

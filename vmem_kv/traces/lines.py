@@ -40,6 +40,10 @@ def open_trace(place: Place) -> Iterator[BinaryIO]:
     """Open a file, gzipped or not, and turn what goes wrong with it into ConfigError."""
     path = place.path
     try:
+        if str(path) == "-":
+            raise place.error(
+                "a trace is read more than once, so it cannot come through a pipe; save it to a file first"
+            )
         if path.is_dir():
             raise place.error("this is a folder; name a file")
         if path.exists() and not path.is_file():
