@@ -257,8 +257,10 @@ class Engine:
 
     def _schedule(self, updates: list[SequenceUpdate]) -> StepPlan:
         """Choose what to compute, and map its pages."""
+        may_admit = True
         while True:
-            plan = self._scheduler.schedule()
+            plan = self._scheduler.schedule(may_admit=may_admit)
+            may_admit = False
             try:
                 self.memory.grow(plan.lengths)
                 return plan
@@ -338,9 +340,10 @@ class Engine:
 
     def _fail(self, sequences: list[Sequence], cause: Exception, updates: list[SequenceUpdate]) -> None:
         """End sequences that could not be computed."""
+        _LOG.warning("%d answers failed", len(sequences), exc_info=cause)
         for sequence in sequences:
             error = RequestFailed(f"computing the answer failed: {type(cause).__name__}")
-            error.__cause__ = cause
+            error.__cause__ = cause.with_traceback(None)  # whose frames would keep tensors alive
             update = SequenceUpdate(sequence.request.request_id, sequence.index, finish_reason=FinishReason.ERROR)
             update.error = error
             updates.append(update)

@@ -15,7 +15,7 @@ import torch
 from vmem_kv.cache import KVCache
 from vmem_kv.config import CacheConfig
 from vmem_kv.devices import OpenDriver
-from vmem_kv.errors import CapacityError, ConfigError, VmemError
+from vmem_kv.errors import CapacityError, ConfigError, OutOfSlots, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
 from vmem_kv.pages import PagePool
@@ -118,6 +118,11 @@ class SlotMemory:
         """Pages to be mapped before these sequences have these lengths."""
         return self.cache.n_missing_pages(self._with_slack(lengths))
 
+    def n_mapped_pages(self, slot_id: SlotId) -> int:
+        """Pages under a slot now."""
+        with self.pool.lock:
+            return self.cache.region.n_pages(slot_id)
+
     def n_available_pages(self) -> int:
         """Pages that growth could have now: unused ones and those of slots that nobody owns."""
         with self.pool.lock:
@@ -139,8 +144,12 @@ class SlotMemory:
         return low
 
     def acquire(self, expected_tokens: int, domain: str) -> SlotId:
-        """Return a slot for a new sequence; see `KVCache.acquire`."""
-        return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
+        """Return a slot for a new sequence; see `KVCache.acquire`. Waits as `grow` does."""
+        try:
+            return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
+        except OutOfSlots:
+            self._wait()
+            return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
 
     def grow(self, lengths: Mapping[SlotId, int]) -> None:
         """Make room for these lengths; see `KVCache.ensure`.
@@ -151,9 +160,7 @@ class SlotMemory:
         try:
             self.cache.ensure(wanted)
         except CapacityError:
-            if self.premapper is not None:
-                self.premapper.wait_idle()
-            self.cache.settle()
+            self._wait()
             self.cache.ensure(wanted)
 
     def premap(self, lengths: Mapping[SlotId, int]) -> None:
@@ -166,6 +173,11 @@ class SlotMemory:
     def retire(self, slot_ids: Sequence[SlotId]) -> None:
         """End sequences; their memory stays mapped for the next ones."""
         self.cache.retire(slot_ids)
+
+    def reclaim(self) -> None:
+        """Take the pages of all slots that nobody owns."""
+        self._wait()
+        self.cache.reclaim(self.n_available_pages())
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -183,6 +195,12 @@ class SlotMemory:
         except VmemError as error:  # nobody can do better at this point; the driver forgets the rest
             _LOG.warning("closing the engine's memory: %s", error)
         self.pool.driver.close()
+
+    def _wait(self) -> None:
+        """Let pass what holds slots and pages for a moment only: kernels, and the premapping thread."""
+        if self.premapper is not None:
+            self.premapper.wait_idle()
+        self.cache.settle()
 
     def _with_slack(self, lengths: Mapping[SlotId, int]) -> dict[SlotId, int]:
         return {slot_id: n + self.slack_tokens for slot_id, n in lengths.items()}

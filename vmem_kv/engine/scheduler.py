@@ -142,8 +142,11 @@ class Scheduler:
         if slot_ids:
             self._memory.retire(slot_ids)
 
-    def schedule(self) -> StepPlan:
+    def schedule(self, *, may_admit: bool = True) -> StepPlan:
         """Choose the next step's tokens, so that their pages can be mapped.
+
+        Args:
+            may_admit: Whether waiting sequences may start.
 
         Raises:
             DriverError: Scrubbing or unmapping a slot for a new sequence failed.
@@ -155,7 +158,7 @@ class Scheduler:
             self.preempt(running.pop())
             was_preempted = True
             plan, n_left = self._share_out(running)
-        if was_preempted:
+        if was_preempted or not may_admit:
             return plan
         return StepPlan((*plan.chunks, *self._admit(running, n_left)))
 
@@ -172,6 +175,8 @@ class Scheduler:
     def relieve(self) -> bool:
         """Make room for a plan that turned out not to fit (of mappings nobody can say beforehand).
 
+        Schedule without admitting then, or the same sequence could start again and again.
+
         Returns:
             Whether there was anybody to preempt beside the first.
         """
@@ -180,6 +185,24 @@ class Scheduler:
             return False
         self.preempt(running[-1])
         return True
+
+    def _start(self, sequence: Sequence, n_promised: int) -> None:
+        """Give a slot to a sequence that fits beside `n_promised` pages."""
+        memory = self._memory
+        length, domain = sequence.max_length, sequence.request.domain
+        self._waiting.members.discard(sequence)
+        following = self._waiting.first()
+        n_wanted = 0 if following is None else memory.n_pages(_comfortable_length(following))
+        sequence.slot_id = memory.acquire(length, domain)
+        n_left = memory.n_available_pages() - n_promised - memory.n_missing_pages(_comfortable(sequence))
+        n_excess = memory.n_mapped_pages(sequence.slot_id) - memory.n_pages(_comfortable_length(sequence))
+        if n_left < n_wanted and n_excess > 0:
+            # A warm slot with more pages than its new owner needs, which others do need: take a cold one instead.
+            memory.retire([sequence.slot_id])
+            memory.reclaim()
+            sequence.slot_id = memory.acquire(length, domain)
+        self._running[sequence.rank] = sequence
+        self.counts.n_admitted += 1
 
     def _share_out(self, running: list[Sequence]) -> tuple[StepPlan, int]:
         """Share out the token budget among the running; return the plan and what is left."""
@@ -203,9 +226,7 @@ class Scheduler:
         if n_left <= 0 or len(running) >= self._max_num_seqs or self._waiting.first() is None:
             return chunks
         memory = self._memory
-        n_promised = memory.n_missing_pages(
-            {s.slot_id: _comfortable_length(s) for s in running if s.slot_id is not None}
-        )
+        n_promised = memory.n_missing_pages(_comfortable(*running))
         while n_left > 0 and len(self._running) < self._max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None:
@@ -213,11 +234,8 @@ class Scheduler:
             n_pages = memory.n_pages(_comfortable_length(sequence))
             if self._running and n_promised + n_pages > memory.n_available_pages():
                 break
-            sequence.slot_id = memory.acquire(sequence.max_length, sequence.request.domain)
-            self._waiting.members.discard(sequence)
-            self._running[sequence.rank] = sequence
-            self.counts.n_admitted += 1
-            n_promised += memory.n_missing_pages({sequence.slot_id: _comfortable_length(sequence)})
+            self._start(sequence, n_promised)
+            n_promised += memory.n_missing_pages(_comfortable(sequence))
             chunks.append(_chunk(sequence, min(sequence.n_to_compute, n_left)))
             n_left -= chunks[-1].n_tokens
         return chunks
@@ -226,6 +244,11 @@ class Scheduler:
 def _chunk(sequence: Sequence, n_tokens: int) -> Chunk:
     assert sequence.slot_id is not None
     return Chunk(sequence, sequence.slot_id, sequence.n_computed, n_tokens)
+
+
+def _comfortable(*sequences: Sequence) -> dict[SlotId, int]:
+    """What running sequences need to go on for a while."""
+    return {s.slot_id: _comfortable_length(s) for s in sequences if s.slot_id is not None}
 
 
 def _comfortable_length(sequence: Sequence) -> int:
