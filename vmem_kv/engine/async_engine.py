@@ -287,14 +287,17 @@ class AsyncEngine:
     def _hand_out(self, updates: Iterable[SequenceUpdate]) -> None:
         """Give updates to the loops that read them, one call a loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[AnswerStream, SequenceUpdate]]] = defaultdict(list)
+        ended: list[str] = []
         for update in updates:
             stream = self._streams.get(update.request_id)
             if stream is None:
                 continue
             by_loop[stream.loop].append((stream, update))
             if update.is_finished and not self.engine.is_unfinished(update.request_id):
-                with self._wake:
-                    self._streams.pop(update.request_id, None)
+                ended.append(update.request_id)  # not yet: more of its answers may have ended in this step
+        with self._wake:
+            for request_id in ended:
+                self._streams.pop(request_id, None)
         for loop, deliveries in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_deliver, deliveries)

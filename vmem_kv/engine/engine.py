@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self.max_model_len = _max_model_len(model, config.max_model_len)
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = _vocabulary(model)
         self.route: Route = _open_route(model, config, self.max_model_len, open_driver)
         self.memory = self.route.memory
         self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
@@ -261,6 +262,9 @@ class Engine:
         while True:
             plan = self._scheduler.schedule(may_admit=may_admit)
             may_admit = False
+            while self._scheduler.failed:
+                sequence, failure = self._scheduler.failed.pop()
+                self._fail([sequence], failure, updates)
             try:
                 self.memory.grow(plan.lengths)
                 return plan
@@ -295,11 +299,12 @@ class Engine:
         except (DriverError, InvariantError):
             raise
         except Exception as error:  # whatever a model raises
-            if len(plan.chunks) > 1:
-                _LOG.warning("a step of %d sequences failed, repeating it one by one: %r", len(plan.chunks), error)
-                return [r for chunk in plan.chunks for r in self._compute(StepPlan((chunk,)), updates)]
-            self._fail([plan.chunks[0].sequence], error, updates)
-            return []
+            if len(plan.chunks) == 1:
+                self._fail([plan.chunks[0].sequence], error, updates)
+                return []
+            _LOG.warning("a step of %d sequences failed, repeating it one by one: %s", len(plan.chunks), repr(error))
+        # Outside of the handler: what is raised in it would hold on to the first error, and that to all its tensors.
+        return [result for chunk in plan.chunks for result in self._compute(StepPlan((chunk,)), updates)]
 
     def _next_lengths(self, plan: StepPlan) -> dict[Any, int]:
         """Lengths after the step that follows, as far as they are known: what to map ahead."""
@@ -321,8 +326,25 @@ class Engine:
             self._n_prompt_tokens += _n_prompt_tokens(chunk)
         if not giving or logits is None:
             return
-        for sequence, sampled in zip(giving, self._sampler.sample(giving, logits), strict=True):
+        for sequence, sampled in self._sample(giving, logits, updates):
             self._append(sequence, sampled, updates)
+
+    def _sample(
+        self, sequences: list[Sequence], logits: torch.Tensor, updates: list[SequenceUpdate]
+    ) -> list[tuple[Sequence, Sampled]]:
+        """Sample together; where that raises, one by one, and end those that raise alone."""
+        try:
+            return list(zip(sequences, self._sampler.sample(sequences, logits), strict=True))
+        except Exception as error:  # whatever one request's values do that nobody foresaw
+            if len(sequences) == 1:
+                self._fail(sequences, error, updates)
+                return []
+            _LOG.warning("sampling for %d sequences failed, repeating it one by one: %s", len(sequences), repr(error))
+        return [
+            pair
+            for row, sequence in enumerate(sequences)
+            for pair in self._sample([sequence], logits[row : row + 1], updates)
+        ]
 
     def _append(self, sequence: Sequence, sampled: Sampled, updates: list[SequenceUpdate]) -> None:
         if sampled.token_id is None:
@@ -340,7 +362,8 @@ class Engine:
 
     def _fail(self, sequences: list[Sequence], cause: Exception, updates: list[SequenceUpdate]) -> None:
         """End sequences that could not be computed."""
-        _LOG.warning("%d answers failed", len(sequences), exc_info=cause)
+        # As text: a log that keeps the exception would keep its frames, and all tensors in them.
+        _LOG.warning("%d answers failed: %s", len(sequences), "".join(traceback.format_exception(cause)))
         for sequence in sequences:
             error = RequestFailed(f"computing the answer failed: {type(cause).__name__}")
             error.__cause__ = cause.with_traceback(None)  # whose frames would keep tensors alive
@@ -388,6 +411,12 @@ def _max_model_len(model: PreTrainedModel, wanted: int | None) -> int:
     if wanted is not None and made_for and wanted > made_for:
         raise ConfigError(f"max_model_len is {wanted}; the model was made for {made_for} tokens")
     return wanted or made_for or DEFAULT_MODEL_LEN
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that can both be read and be written."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(table.weight.shape[0]) for table in tables if table is not None)
 
 
 def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -15,7 +15,7 @@ import torch
 from vmem_kv.cache import KVCache
 from vmem_kv.config import CacheConfig
 from vmem_kv.devices import OpenDriver
-from vmem_kv.errors import CapacityError, ConfigError, OutOfSlots, VmemError
+from vmem_kv.errors import CapacityError, ConfigError, DriverError, OutOfSlots, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
 from vmem_kv.pages import PagePool
@@ -63,6 +63,7 @@ class SlotMemory:
     ) -> None:
         self.dtype = dtype
         self.slack_tokens = slack_tokens
+        self._retiring: list[SlotId] = []
         driver = open_driver(device, config)
         try:
             has_even_rows = all(layer.key.head_bytes == layer.value.head_bytes for layer in layers)
@@ -171,8 +172,24 @@ class SlotMemory:
             premapper.request({s: n - ahead for s, n in self._with_slack(lengths).items()})
 
     def retire(self, slot_ids: Sequence[SlotId]) -> None:
-        """End sequences; their memory stays mapped for the next ones."""
-        self.cache.retire(slot_ids)
+        """End sequences; their memory stays mapped for the next ones.
+
+        Where the driver fails, what could not be retired is tried again with the next ones.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+        self._retiring += slot_ids
+        try:
+            self.cache.retire(self._retiring)
+        except DriverError as error:
+            if error.is_fatal:
+                raise
+            _LOG.warning("retiring slots %s: %s", self._retiring, error)
+            active = self.cache.active_slots()
+            self._retiring = [slot_id for slot_id in self._retiring if slot_id in active]
+        else:
+            self._retiring = []
 
     def reclaim(self) -> None:
         """Take the pages of all slots that nobody owns."""

@@ -258,7 +258,9 @@ class PackedRoute:
                 )
                 rows[span] = numbers[1] + torch.tensor(slot_starts).repeat_interleave(n_tokens_each).to(self._device)
         step = PackedStep(self._layers, batches, rows)
-        return PackedBatch(numbers[:1], numbers[1:], torch.tensor(last_rows, dtype=torch.long, device=self._device), step)
+        return PackedBatch(
+            numbers[:1], numbers[1:], torch.tensor(last_rows, dtype=torch.long, device=self._device), step
+        )
 
     def run(self, batch: PackedBatch) -> torch.Tensor:
         """Run the model once."""

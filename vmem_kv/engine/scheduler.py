@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from vmem_kv.engine.memory import SlotMemory
 from vmem_kv.engine.request import Rank, Sequence
+from vmem_kv.errors import DriverError
 from vmem_kv.growth import SlotId
 
 HEADROOM_TOKENS = 32
@@ -108,6 +109,8 @@ class Scheduler:
         self._waiting = _Waiting()
         self._running: dict[Rank, Sequence] = {}
         self.counts = Counts()
+        self.failed: list[tuple[Sequence, DriverError]] = []
+        """Sequences that no slot could be prepared for, because the driver failed. The engine answers them."""
 
     @property
     def n_waiting(self) -> int:
@@ -149,7 +152,7 @@ class Scheduler:
             may_admit: Whether waiting sequences may start.
 
         Raises:
-            DriverError: Scrubbing or unmapping a slot for a new sequence failed.
+            DriverError: The device is lost.
         """
         running = self.running()
         plan, n_left = self._share_out(running)
@@ -190,7 +193,6 @@ class Scheduler:
         """Give a slot to a sequence that fits beside `n_promised` pages."""
         memory = self._memory
         length, domain = sequence.max_length, sequence.request.domain
-        self._waiting.members.discard(sequence)
         following = self._waiting.first()
         n_wanted = 0 if following is None else memory.n_pages(_comfortable_length(following))
         sequence.slot_id = memory.acquire(length, domain)
@@ -234,7 +236,14 @@ class Scheduler:
             n_pages = memory.n_pages(_comfortable_length(sequence))
             if self._running and n_promised + n_pages > memory.n_available_pages():
                 break
-            self._start(sequence, n_promised)
+            self._waiting.members.discard(sequence)
+            try:
+                self._start(sequence, n_promised)
+            except DriverError as error:
+                if error.is_fatal:
+                    raise
+                self.failed.append((sequence, error))
+                continue
             n_promised += memory.n_missing_pages(_comfortable(sequence))
             chunks.append(_chunk(sequence, min(sequence.n_to_compute, n_left)))
             n_left -= chunks[-1].n_tokens
