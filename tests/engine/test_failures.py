@@ -74,6 +74,26 @@ def test_a_pass_that_raises_once_harms_nobody(n_th: int) -> None:
         check_good(run(engine, requests := good_requests()), requests)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("n_th", [1, 2, 5, 9])
+def test_by_rows_a_pass_that_raises_half_way_harms_nobody(architecture: str, n_th: int) -> None:
+    """Recurrent states that have moved on are not moved on twice."""
+    with engine_on(architecture, route="rows", max_num_seqs=3) as engine:
+        n_calls = 0
+
+        def flaky(module: torch.nn.Module, args: Any, output: Any) -> None:
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls == n_th:
+                raise MemoryError
+
+        engine.route._model.register_forward_hook(flaky)  # type: ignore[attr-defined]
+        requests = good_requests()
+        answers = run(engine, requests)
+    for request in requests:
+        assert tokens(answers, request) == greedy_alone(architecture, request.prompt_token_ids, 20)
+
+
 def test_a_tokenizer_that_raises_ends_its_request() -> None:
     bad, good = Request(prompt_of(5), greedy(20)), good_requests(2)
     with engine_on(tokenizer=word_tokenizer()) as engine:

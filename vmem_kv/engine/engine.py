@@ -28,9 +28,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
-from vmem_kv.engine.packed import PackedRoute, refusal
+from vmem_kv.engine.packed import PackedRoute
 from vmem_kv.engine.request import FinishReason, Request, Sequence, SequenceUpdate
 from vmem_kv.engine.route import Route
+from vmem_kv.engine.rows_route import RowsRoute
 from vmem_kv.engine.sampler import Sampled, Sampler
 from vmem_kv.engine.scheduler import Chunk, Scheduler, StepPlan
 from vmem_kv.errors import (
@@ -400,10 +401,23 @@ class Engine:
 
 
 def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, open_driver: OpenDriver) -> Route:
-    why_not_packed = refusal(model)
-    if config.route == "packed" or (config.route == "auto" and not why_not_packed):
-        return PackedRoute(model, config, max_tokens, open_driver)
-    raise ConfigError(f"{type(model).__name__} cannot be served: {why_not_packed or 'there is no rows route'}")
+    why_not_packed = ""
+    if config.route == "packed" or (config.route == "auto" and not _keeps_latents(model)):
+        try:
+            return PackedRoute(model, config, max_tokens, open_driver)
+        except ConfigError as error:
+            if config.route == "packed":
+                raise
+            why_not_packed = f"{error}; "
+    try:
+        return RowsRoute(model, config, max_tokens, open_driver)
+    except ConfigError as error:
+        raise ConfigError(f"{why_not_packed}{error}") from error
+
+
+def _keeps_latents(model: PreTrainedModel) -> bool:
+    """Whether K and V are kept as latents, which the packed route would keep expanded: many times as large."""
+    return getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
 
 
 def _max_model_len(model: PreTrainedModel, wanted: int | None) -> int:

@@ -201,7 +201,7 @@ class PackedRoute:
     name = "packed"
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig, max_tokens: int, open_driver: OpenDriver) -> None:
-        why_not = refusal(model)
+        why_not = _refusal(model)
         if why_not:
             raise ConfigError(f"{type(model).__name__} cannot take the packed route: {why_not}")
         self._model = model
@@ -313,7 +313,7 @@ class PackedRoute:
         return tuple(_Layer(self.memory.layer(index), kernel) for index, kernel in enumerate(self._kernels))
 
 
-def refusal(model: PreTrainedModel) -> str:
+def _refusal(model: PreTrainedModel) -> str:
     """Say why a model cannot take this route, as far as it says so itself; an empty text if nothing speaks against."""
     if model.config.is_encoder_decoder:
         return "it has an encoder"
