@@ -121,7 +121,7 @@ class Engine:
         self.memory = self.route.memory
         self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
         self._end_token_ids = _end_token_ids(model)
-        self._scheduler = Scheduler(self.memory, config.max_num_seqs, config.max_batch_tokens)
+        self._scheduler = Scheduler(self.memory, config.max_num_seqs, config.max_batch_tokens, self.route.drop)
         self._sampler = Sampler(self._end_token_ids)
         self._answers: dict[Sequence, Answer] = {}
         self._requests: dict[str, list[Sequence]] = {}

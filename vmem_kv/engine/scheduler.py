@@ -17,6 +17,7 @@ Assumes: one thread.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,9 +101,13 @@ class Scheduler:
         memory: Where the slots are.
         max_num_seqs: The most sequences that run together.
         max_batch_tokens: The most tokens of a step.
+        forget: Told of every preempted sequence: whatever else is kept of it beside its slot is void.
     """
 
-    def __init__(self, memory: SlotMemory, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, memory: SlotMemory, max_num_seqs: int, max_batch_tokens: int, forget: Callable[[Sequence], None]
+    ) -> None:
+        self._forget = forget
         self._memory = memory
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
@@ -173,6 +178,7 @@ class Scheduler:
         sequence.n_preemptions += 1
         sequence.n_computed = 0
         self.remove([sequence])
+        self._forget(sequence)
         self._waiting.push(sequence)
 
     def relieve(self) -> bool:
