@@ -15,16 +15,22 @@ from rich.markup import escape
 import vmem_kv
 from vmem_kv.cli.doctor import doctor
 from vmem_kv.cli.generate import generate
+from vmem_kv.cli.serve import serve
 from vmem_kv.errors import VmemError
 
 P = ParamSpec("P")
 
 EXTRA_OF_PACKAGE = {
     "accelerate": "hf",
+    "fastapi": "serve",
     "gguf": "hf",
+    "httpx": "serve",
     "matplotlib": "cli",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
     "safetensors": "hf",
     "transformers": "hf",
+    "uvicorn": "serve",
 }
 
 OPTION_OF_SETTING = (
@@ -44,7 +50,7 @@ app = typer.Typer(
     help=(
         "KV caches that are contiguous in virtual memory, with physical pages mapped as the tokens arrive.\n\n"
         "Start with `vmem-kv generate --prompt 'Why is the sky blue?' --compare`, and ask "
-        "`vmem-kv doctor` what this machine offers."
+        "`vmem-kv doctor` what this machine offers. `vmem-kv serve` serves a model to OpenAI's clients."
     ),
 )
 
@@ -103,4 +109,5 @@ def options(
 
 
 app.command()(explain_errors(generate))
+app.command()(explain_errors(serve))
 app.command()(explain_errors(doctor))
