@@ -29,6 +29,7 @@ from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.packed import PackedRoute
+from vmem_kv.engine.packed_weights import is_available, pack
 from vmem_kv.engine.request import FinishReason, Request, Sequence, SequenceUpdate
 from vmem_kv.engine.route import Route
 from vmem_kv.engine.rows_route import RowsRoute
@@ -117,7 +118,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = _max_model_len(model, config.max_model_len)
         self.vocabulary = _vocabulary(model)
-        self.route: Route = _open_route(model, config, self.max_model_len, open_driver)
+        self._unpack = pack(model) if config.pack_weights and is_available() else _nothing
+        try:
+            self.route: Route = _open_route(model, config, self.max_model_len, open_driver)
+        except BaseException:
+            self._unpack()
+            raise
         self.memory = self.route.memory
         self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
         self._end_token_ids = _end_token_ids(model)
@@ -256,6 +262,7 @@ class Engine:
         for request_id in list(self._requests):
             self.abort(request_id)
         self.route.close()
+        self._unpack()
 
     def _schedule(self, updates: list[SequenceUpdate]) -> StepPlan:
         """Choose what to compute, and map its pages."""
@@ -413,6 +420,10 @@ def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, o
         return RowsRoute(model, config, max_tokens, open_driver)
     except ConfigError as error:
         raise ConfigError(f"{why_not_packed}{error}") from error
+
+
+def _nothing() -> None:
+    """What is to be undone where nothing was done."""
 
 
 def _keeps_latents(model: PreTrainedModel) -> bool:
