@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 import vmem_kv
+from vmem_kv.errors import RequestError
 from vmem_kv.server.body import ClientGone, read_model
 from vmem_kv.server.chat import chat
 from vmem_kv.server.completions import complete
 from vmem_kv.server.dashboard import History, dashboard_data, dashboard_page
-from vmem_kv.server.errors import SERVER, ApiError
+from vmem_kv.server.errors import SERVER, ApiError, from_engine
 from vmem_kv.server.gate import Gate
 from vmem_kv.server.readiness import readiness
 from vmem_kv.server.schemas import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk
@@ -123,6 +124,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
+
+    @app.exception_handler(RequestError)
+    async def on_refusal(_: Request, error: RequestError) -> JSONResponse:
+        return from_engine(error, "prompt").response()
 
     @app.exception_handler(ClientGone)
     async def on_client_gone(_: Request, __: ClientGone) -> Response:

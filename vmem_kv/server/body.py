@@ -55,12 +55,14 @@ def parse(body: bytes) -> dict[str, Any]:
     """Return the object that a body holds.
 
     Raises:
-        ApiError: It is no JSON, it is no object, or its numbers are not finite.
+        ApiError: It is no JSON, it is no object, its numbers are not finite, or its texts cannot be encoded.
     """
     try:
         data = json.loads(body.decode(), parse_constant=_no_constant, parse_int=_int, parse_float=_float)
     except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise invalid(_NOT_JSON, None, None) from None
+    if _has_lone_surrogate(body, data):
+        raise invalid("The body holds a lone surrogate, which is no character.", None)
     if not isinstance(data, dict):
         raise invalid("The JSON body of the request must be an object.", None, None)
     return data
@@ -83,6 +85,17 @@ def too_large(max_bytes: int) -> ApiError:
     """Return the answer to a body that is too long; the rest of it is not read."""
     text = f"The request's body is too large. At most {max_bytes} bytes are accepted."
     return ApiError(413, text, headers={"Connection": "close"})
+
+
+def _has_lone_surrogate(body: bytes, data: object) -> bool:
+    """Only an escape can make one; most bodies have none, and nothing to be encoded for a look."""
+    if b"\\ud" not in body.lower():
+        return False
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _no_constant(name: str) -> float:

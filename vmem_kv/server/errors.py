@@ -141,14 +141,15 @@ _EXPECTED = {
 
 
 def _out_of_range(kind: str, param: str, value: object, context: Mapping[str, Any]) -> ApiError:
-    number = "integer" if isinstance(value, int) else "decimal"
     if kind in ("greater_than_equal", "greater_than"):
-        sign, least = (">=", context["ge"]) if kind == "greater_than_equal" else (">", context["gt"])
-        text = f"{number} below minimum value. Expected a value {sign} {least:g}, but got {value} instead."
-        return invalid(f"Invalid '{param}': {text}", param, f"{_kind(context)}_below_min_value")
+        number, bound = _bound(context)
+        sign = ">=" if kind == "greater_than_equal" else ">"
+        text = f"{number} below minimum value. Expected a value {sign} {bound}, but got {value} instead."
+        return invalid(f"Invalid '{param}': {text}", param, f"{number}_below_min_value")
     if kind == "less_than_equal":
-        text = f"{number} above maximum value. Expected a value <= {_plain(context['le'])}, but got {value} instead."
-        return invalid(f"Invalid '{param}': {text}", param, f"{_kind(context)}_above_max_value")
+        number, bound = _bound(context)
+        text = f"{number} above maximum value. Expected a value <= {bound}, but got {value} instead."
+        return invalid(f"Invalid '{param}': {text}", param, f"{number}_above_max_value")
     if kind == "too_short":
         text = "empty array. Expected an array with minimum length 1, but got an empty array instead."
         return invalid(f"Invalid '{param}': {text}", param, "empty_array")
@@ -162,8 +163,6 @@ def _out_of_range(kind: str, param: str, value: object, context: Mapping[str, An
         return invalid(f"Invalid '{param}': {text} instead.", param, "string_above_max_length")
     if kind == "string_too_short":
         return invalid(f"Invalid '{param}': empty string.", param)
-    if kind == "string_unicode":
-        return invalid(f"Invalid '{param}': it holds a lone surrogate, which is no character.", param)
     if kind == "literal_error":
         return invalid(f"Invalid value: {_shown(value)}. Supported values are: {context['expected']}.", param)
     return invalid(f"Invalid '{param}'.", param)
@@ -180,14 +179,10 @@ def _param(location: Sequence[int | str]) -> str:
     return name
 
 
-def _kind(context: Mapping[str, Any]) -> str:
-    """A bound is written in its field's type."""
+def _bound(context: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the kind of number that a bound is for, and the bound. It is written in its field's type."""
     bound = next(context[name] for name in ("ge", "gt", "le") if name in context)
-    return "integer" if isinstance(bound, int) else "decimal"
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
+    return ("integer", str(bound)) if isinstance(bound, int) else ("decimal", f"{bound:g}")
 
 
 def _tags(context: Mapping[str, Any]) -> str:
