@@ -144,6 +144,7 @@ def serving(
                 running.end()
             thread.join(WAIT_S)
     assert not thread.is_alive()
+    assert engine.stop(WAIT_S)
     if engine.health().death:
         inner.close()
     assert inner.memory.pool.n_owned == 0

@@ -66,6 +66,7 @@ class Asked:
         try:
             for request in requests:
                 self._streams.append(service.engine.submit(request))
+            service.streams.update(self._streams)
         except VmemError as error:
             self.close()
             raise from_engine(error, param) from error
@@ -85,6 +86,7 @@ class Asked:
         """Abort what is unfinished. Idempotent."""
         for stream in self._streams:
             stream.close()
+        self.service.streams.difference_update(self._streams)
 
     async def updates(self) -> AsyncGenerator[tuple[int, SequenceUpdate] | None, None]:
         """Yield updates with the index of their prompt, and None whenever nothing happened for a while.

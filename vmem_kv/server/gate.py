@@ -66,6 +66,10 @@ class Gate:
         headers, limits = Headers(scope=scope), self._service.limits
         if len(headers.raw) > limits.max_headers:
             raise ApiError(431, f"The request has too many headers. At most {limits.max_headers} are accepted.")
+        n_bytes = sum(len(name) + len(value) + 4 for name, value in headers.raw) + len(scope.get("raw_path", b""))
+        if n_bytes > limits.max_header_bytes:
+            text = f"The request's head is too large. At most {limits.max_header_bytes} bytes are accepted."
+            raise ApiError(431, text, headers={"Connection": "close"})
         self._service.hosts.check(headers.get("host", ""))
         domain = self._service.keys.domain(scope["path"], headers.getlist("authorization"))
         if headers.get("content-encoding", "identity").lower() != "identity":

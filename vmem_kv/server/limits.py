@@ -13,7 +13,7 @@ class Limits:
 
     Attributes:
         max_body_bytes: Of a request's body; more is 413.
-        max_header_bytes: Of a request's head, request line included; more is 400.
+        max_header_bytes: Of a request's head, request line included; more is 431 or 400.
         max_headers: Header lines; more is 431.
         max_prompts: Prompts in one completion request.
         max_connections: Open connections; more get 503.

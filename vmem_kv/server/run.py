@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from vmem_kv.errors import ConfigError
+from vmem_kv.errors import ConfigError, ShuttingDown
 from vmem_kv.server.app import build_app
 from vmem_kv.server.auth import is_loopback
 from vmem_kv.server.dashboard import History, keep_history
@@ -27,6 +27,7 @@ from vmem_kv.server.protocol import protocol_with
 from vmem_kv.server.service import Service
 
 _LOOK_S = 0.1
+_SEND_BUFFER_BYTES = 64 << 10
 _LAST_WORDS_S = 2.0
 """For the answers to requests that were ended, on their way out."""
 _STOP_S = 2.0
@@ -59,6 +60,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}: {error.strerror}; choose another --host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Left alone, Linux keeps megabytes for a client that does not read.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(2_048)
     except OSError as error:
@@ -140,6 +143,8 @@ class Server:
             is_stopped = await asyncio.to_thread(engine.stop, _STOP_S if self._n_signals < 2 else 0.5)
             if not is_stopped:
                 note("the engine's step does not end; it is left behind", logging.WARNING)
+                for stream in list(self._service.streams):
+                    stream.fail(ShuttingDown("The server is shutting down and ended this answer."))
             await self._last_words()
             self._uvicorn.should_exit = True
             self._uvicorn.force_exit = self._n_signals > 1

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from time import monotonic, time
 
-from vmem_kv.engine.async_engine import AsyncEngine
+from vmem_kv.engine.async_engine import AnswerStream, AsyncEngine
 from vmem_kv.engine.request import new_request_id
 from vmem_kv.server.auth import Hosts, Keys
 from vmem_kv.server.errors import ApiError
@@ -48,6 +48,7 @@ class Service:
         keys: Who may ask.
         hosts: By which names.
         metrics: What is counted.
+        streams: Those that are being read.
         created_s: When it began to serve, as OpenAI's models have it.
     """
 
@@ -58,6 +59,7 @@ class Service:
     keys: Keys
     hosts: Hosts
     metrics: Metrics
+    streams: set[AnswerStream] = field(default_factory=set)
     created_s: int = field(default_factory=lambda: int(time()))
 
     def check_model(self, name: str | None) -> None:
