@@ -136,3 +136,20 @@ def test_memory_stays_within_what_the_tokens_need() -> None:
             engine.step()
             n_peak = max(n_peak, engine.snapshot().cache.n_owned_pages)
         assert n_peak == engine.memory.n_pages(160)
+
+
+def test_a_model_whose_every_layer_has_a_window_keeps_the_window_only() -> None:
+    request = Request(prompt_of(60), greedy(120, ignore_eos=True))
+    with engine_on("mistral", page_bytes=4096, max_batch_tokens=32) as engine:
+        engine.add(request)
+        n_most = 0
+        tokens_of: list[int] = []
+        while engine.has_work:
+            for update in engine.step():
+                tokens_of += update.token_ids
+            n_most = max(n_most, engine.snapshot().cache.n_live_pages)
+        assert n_most <= engine.memory.n_pages(64)
+        assert engine.memory.n_pages(180) > 2 * n_most
+    with engine_on("mistral", route="rows") as engine:  # which keeps everything
+        again = Request(request.prompt_token_ids, request.params)
+        assert tokens(run(engine, [again]), again) == tokens_of

@@ -26,7 +26,7 @@ from types import TracebackType
 
 from vmem_kv.engine.engine import Engine, EngineStats
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
-from vmem_kv.errors import EngineDead, QueueFull, ReaderTooSlow, RequestError, ShuttingDown, UsageError
+from vmem_kv.errors import EngineDead, QueueFull, ReaderTooSlow, RequestError, ShuttingDown, UsageError, VmemError
 
 MAX_UNREAD_CHARACTERS = 64 * 1024
 HEARTBEAT_S = 0.25
@@ -244,8 +244,12 @@ class AsyncEngine:
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 return False
-        if self._death is None:
+        try:
             self.engine.close()
+        except VmemError as error:
+            if self._death is None:
+                raise
+            _LOG.warning("closing a dead engine: %s", error)
         return True
 
     def _run(self) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vmem_kv.attention.choose import AUTO
 from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
@@ -332,6 +333,9 @@ class Engine:
             if chunk.gives_token:
                 giving.append(chunk.sequence)
             self._n_prompt_tokens += _n_prompt_tokens(chunk)
+        if self.route.window_tokens is not None:
+            kept = self.route.window_tokens
+            self.memory.slide({chunk.slot_id: chunk.end - kept for chunk in plan.chunks if chunk.end > kept})
         if not giving or logits is None:
             return
         for sequence, sampled in self._sample(giving, logits, updates):
@@ -413,7 +417,7 @@ def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, o
         try:
             return PackedRoute(model, config, max_tokens, open_driver)
         except ConfigError as error:
-            if config.route == "packed":
+            if config.route == "packed" or config.kernel != AUTO:
                 raise
             why_not_packed = f"{error}; "
     try:

@@ -15,7 +15,7 @@ import torch
 from vmem_kv.cache import KVCache
 from vmem_kv.config import CacheConfig
 from vmem_kv.devices import OpenDriver
-from vmem_kv.errors import CapacityError, ConfigError, DriverError, OutOfSlots, VmemError
+from vmem_kv.errors import CapacityError, ConfigError, DriverError, OutOfMappings, OutOfSlots, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
 from vmem_kv.pages import PagePool
@@ -163,6 +163,22 @@ class SlotMemory:
         except CapacityError:
             self._wait()
             self.cache.ensure(wanted)
+
+    def slide(self, first_tokens: Mapping[SlotId, int]) -> None:
+        """Give up what lies before these tokens, which no layer will read again.
+
+        Where the driver fails, the pages are quarantined and the sequences go on.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+        for slot_id, first_token in first_tokens.items():
+            try:
+                self.cache.slide(slot_id, first_token)
+            except (DriverError, OutOfMappings) as error:
+                if isinstance(error, DriverError) and error.is_fatal:
+                    raise
+                _LOG.warning("sliding slot %d: %s", slot_id, error)
 
     def premap(self, lengths: Mapping[SlotId, int]) -> None:
         """Ask for room for these lengths, in the background."""

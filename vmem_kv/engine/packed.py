@@ -227,6 +227,8 @@ class PackedRoute:
             model.set_attn_implementation(self._stock_attention)
             raise
         self._kernels = tuple(kernels[s.attention] for s in seen)
+        windows = [s.attention.window for s in seen if s.attention.window is not None]
+        self.window_tokens = max(windows) if len(windows) == len(seen) else None
         self._layers = self._look()
 
     def prepare(self, plan: StepPlan) -> PackedBatch:

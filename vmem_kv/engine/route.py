@@ -24,10 +24,12 @@ class Route(Protocol):
     Attributes:
         name: "packed" or "rows".
         memory: The slots, laid out for the model.
+        window_tokens: How many of a sequence's last tokens any layer may read; None: all.
     """
 
     name: str
     memory: SlotMemory
+    window_tokens: int | None
 
     def prepare(self, plan: StepPlan) -> Any:
         """Build a step's inputs. The plan's pages are mapped."""

@@ -70,6 +70,7 @@ class RowsRoute:
             needs_rows=True,
             open_driver=open_driver,
         )
+        self.window_tokens: int | None = None
         self._kv: dict[int, SlotKV] = {index: self.memory.layer(i) for i, index in enumerate(layers)}
         self._states: dict[Sequence, States] = {}
 
