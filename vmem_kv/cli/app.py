@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 import vmem_kv
+from vmem_kv.cli.chat import chat
 from vmem_kv.cli.doctor import doctor
 from vmem_kv.cli.generate import generate
 from vmem_kv.cli.serve import serve
+from vmem_kv.cli.top import top
 from vmem_kv.errors import VmemError
 
 P = ParamSpec("P")
@@ -110,4 +112,6 @@ def options(
 
 app.command()(explain_errors(generate))
 app.command()(explain_errors(serve))
+app.command()(explain_errors(chat))
+app.command()(explain_errors(top))
 app.command()(explain_errors(doctor))

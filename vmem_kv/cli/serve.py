@@ -179,8 +179,11 @@ def serve(
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
         def on_started() -> None:
-            err.print(f"[bold]{name}[/] is served at {url}/v1; its memory is shown at {url}/dashboard",
-                      highlight=False, soft_wrap=True)
+            err.print(
+                f"[bold]{name}[/] is served at {url}/v1; its memory is shown at {url}/dashboard",
+                highlight=False,
+                soft_wrap=True,
+            )
 
         code = serve_model(
             model, tokenizer, config,

@@ -34,13 +34,15 @@ class JsonFormatter(logging.Formatter):
 
 def log_config(level: str = "INFO") -> dict[str, Any]:
     """Return the configuration of `logging`: our logs and uvicorn's, on standard error."""
-    names = ("vmem_kv", "uvicorn")
+    ours = {"handlers": ["stderr"], "level": level, "propagate": False}
+    silent: dict[str, Any] = {"handlers": [], "propagate": False}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": sys.stderr}},
-        "loggers": {name: {"handlers": ["stderr"], "level": level, "propagate": False} for name in names},
+        # uvicorn's access log has what clients wrote in it; the gate writes a line of its own.
+        "loggers": {"vmem_kv": ours, "uvicorn": ours, "uvicorn.access": silent},
     }
 
 

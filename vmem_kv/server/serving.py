@@ -24,6 +24,8 @@ from vmem_kv.server.run import Server
 from vmem_kv.server.service import Service
 from vmem_kv.server.text import TextCodec
 
+LEAST_TOKENS = 2
+"""A prompt of one, and an answer of one."""
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -59,8 +61,12 @@ def serve_model(
     """
     if log_level not in _LEVELS:
         raise ConfigError(f"--log-level is {log_level!r}; choose one of {', '.join(_LEVELS)}")
+    inner = Engine(model, tokenizer, config)
+    if inner.max_tokens_alone < LEAST_TOKENS:
+        inner.close()
+        raise ConfigError(f"max_bytes is {config.cache.max_bytes}, which holds no sequence of {LEAST_TOKENS} tokens")
     logging.config.dictConfig(log_config(log_level.upper()))
-    engine = AsyncEngine(Engine(model, tokenizer, config))
+    engine = AsyncEngine(inner)
     codec = TextCodec(tokenizer, engine.engine.max_model_len)
     service = Service(engine, codec, name, limits, keys, hosts, Metrics(engine))
     note(
