@@ -185,6 +185,10 @@ def test_stops_end_an_answer_and_min_tokens_delays_them() -> None:
     assert by_text.text == whole.text[: whole.text.index(stop)]
     assert answer(greedy(20, ignore_eos=True, stop=(stop,), include_stop=True)).text.endswith(stop)
 
+    after = answer(greedy(20, ignore_eos=True, stop=(stop,), min_tokens=8))
+    assert after.text.split()[:8] == words[:8]  # nothing is lost where a stop text does not count yet
+    assert len(after.token_ids) >= 8
+
     later = answer(greedy(20, ignore_eos=True, stop_token_ids=(token,), min_tokens=first + 3))
     assert len(later.token_ids) >= first + 3
     assert token not in later.token_ids[: first + 3]

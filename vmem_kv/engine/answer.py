@@ -47,9 +47,10 @@ class Answer:
             update.text = self._rest()
             return update
         if self._text is not None:
-            text = self._text.add(token_id)
-            update.text, stop = self._stops.add(text) if self._sequence.params.stop else (text, None)
-            if stop is not None and sequence.n_generated > sequence.params.min_tokens:
+            update.text, stop = self._text.add(token_id), None
+            if sequence.n_generated >= sequence.params.min_tokens:
+                update.text, stop = self._stops.add(update.text)
+            if stop is not None:
                 update.finish_reason, update.stop_reason = FinishReason.STOP, stop
                 return update
         if len(sequence.token_ids) >= sequence.max_length:
