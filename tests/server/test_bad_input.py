@@ -128,6 +128,7 @@ ROWS: list[Row] = [
      "stream_options.x"),
     ("echo in chat", ("chat",), {"echo": True}, 400, "unsupported_parameter", "echo"),
     ("echo of logprobs", ("completions",), {"echo": True, "logprobs": 1}, 400, "unsupported_value", "echo"),
+    ("echo of no token", ("completions",), {"echo": True, "prompt": [3, 1000]}, 400, "invalid_value", "prompt"),
     ("suffix", BOTH, {"suffix": "x"}, 400, "unsupported_parameter", "suffix"),
     ("unknown", BOTH, {"foo": 1}, 400, "unknown_parameter", "foo"),
     ("unknown null", BOTH, {"foo": None}, 400, "unknown_parameter", "foo"),

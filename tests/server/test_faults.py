@@ -94,6 +94,7 @@ def test_who_hangs_up_has_no_memory_two_steps_later(running: Running, endpoint: 
                 until(lambda: running.engine.has_work)
                 steps.release(n_steps)
                 until(lambda: running.engine.memory.cache.stats().n_live_pages > 0)
+                assert not running.is_idle()
                 seen = threading.Event()
                 abort = running.service.engine.abort
 

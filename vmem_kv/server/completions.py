@@ -36,8 +36,10 @@ async def complete(service: Service, http: HttpRequest) -> Response:
     params = ask.sampling_params()
     encoded = [await service.codec.encode(p) if isinstance(p, str) else tuple(p) for p in prompts]
     requests = [Request(tokens, params, domain=record.domain) for tokens in encoded]
+    echoes = []
+    if ask.echo:
+        echoes = [p if isinstance(p, str) else await service.codec.decode(p, "prompt") for p in prompts]
     asked = Asked(service, requests, record, "prompt")
-    echoes = [p if isinstance(p, str) else await service.codec.decode(p) for p in prompts] if ask.echo else []
     shape = _Shape(asked, ask, echoes)
     if ask.stream:
         return EventStream(asked, shape)

@@ -67,16 +67,16 @@ class TextCodec:
             raise invalid(text, "model", "unsupported_value")
         return await self._do("messages", lambda: self._encode_chat(messages))
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens. Those that do not exist are refused.
+    async def decode(self, token_ids: Sequence[int], param: str = "tokens") -> str:
+        """Return the text of tokens, which a client sent as `param`. Those that do not exist are refused.
 
         Raises:
             ApiError: A token does not exist.
         """
         n_tokens = len(self._tokenizer)
         if any(not 0 <= t < n_tokens for t in token_ids):
-            raise invalid(f"Invalid 'tokens': tokens are integers from 0 to {n_tokens - 1}.", "tokens")
-        return await self._do("tokens", lambda: str(self._tokenizer.decode(list(token_ids))))
+            raise invalid(f"Invalid '{param}': tokens are integers from 0 to {n_tokens - 1}.", param)
+        return await self._do(param, lambda: str(self._tokenizer.decode(list(token_ids))))
 
     def token_text(self, token_id: int) -> str:
         """Return what one token says, alone; part of a character is U+FFFD."""
