@@ -33,7 +33,7 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 9
     turns = [*MESSAGES, whole.choices[0].message, {"role": "user", "content": "we look up"}]
-    again = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=2)
+    again = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=2, temperature=0)
     assert again.choices[0].message.content
 
 
@@ -83,7 +83,9 @@ def test_a_stream_that_fails_raises(client: openai.OpenAI, running: Running) -> 
 
     running.engine._append = planted  # type: ignore[method-assign]
     try:
-        stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=9, stream=True)
+        stream = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=9, temperature=0, stream=True
+        )
         with pytest.raises(openai.APIError, match="failed to compute"):
             list(stream)
     finally:
