@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vmem_kv.cache import KVCache as KVCache
     from vmem_kv.devices import open_driver as open_driver
     from vmem_kv.driver.host import HostDriver as HostDriver
+    from vmem_kv.engine.llm import LLM as LLM
+    from vmem_kv.engine.sampling_params import SamplingParams as SamplingParams
     from vmem_kv.integrations.hf import VmemCache as VmemCache
     from vmem_kv.layout import LayerSpec as LayerSpec
     from vmem_kv.layout import Layout as Layout
@@ -22,9 +24,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "HostDriver": "vmem_kv.driver.host",
     "KVCache": "vmem_kv.cache",
+    "LLM": "vmem_kv.engine.llm",
     "LayerSpec": "vmem_kv.layout",
     "Layout": "vmem_kv.layout",
     "PagePool": "vmem_kv.pages",
+    "SamplingParams": "vmem_kv.engine.sampling_params",
     "VmemCache": "vmem_kv.integrations.hf",
     "open_driver": "vmem_kv.devices",
 }

@@ -25,7 +25,7 @@ from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
 from vmem_kv.region import Region
 from vmem_kv.slots import SlotState, SlotTable
-from vmem_kv.stats import CacheStats
+from vmem_kv.stats import CacheStats, SlotStats
 
 STALL_TIMEOUT_S = 60.0
 """How long a call waits for another thread's driver call on the same slot before it gives up."""
@@ -298,6 +298,29 @@ class KVCache:
         with self.pool.lock:
             self._slots.require_active([slot_id])
             return self._slots.capacity[slot_id]
+
+    def n_missing_pages(self, lengths: Mapping[SlotId, int]) -> int:
+        """Return how many pages `ensure` would map for these lengths. Changes nothing.
+
+        Raises:
+            UsageError: A slot is not active.
+            OutOfAddressSpace: A length exceeds the slot.
+        """
+        self.pool.require_owner()
+        with self.pool.lock:
+            self._slots.require_active(lengths)
+            short = {s: n for s, n in lengths.items() if n > self._slots.capacity[s]}
+            return plan_growth(self.layout, self.region.reservation.base, self.region.mapped, short).n_pages
+
+    def slot_stats(self) -> list[SlotStats]:
+        """Return every slot's state, in the order of their addresses: one consistent snapshot."""
+        self.pool.require_owner()
+        with self.pool.lock:
+            slots = self._slots
+            return [
+                SlotStats(state.value, self.region.n_pages(slot_id), slots.n_tokens.get(slot_id, 0))
+                for slot_id, state in ((SlotId(index), state) for index, state in enumerate(slots.state))
+            ]
 
     def stats(self) -> CacheStats:
         """Return one consistent snapshot."""

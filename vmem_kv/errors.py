@@ -9,6 +9,14 @@
     │   └── OutOfMappings      the system's limit on mappings would be passed
     ├── DriverError            a driver call failed; carries operation, code, name and how far it came
     ├── UsageError             the caller broke a contract; nothing changed
+    ├── RequestError           one request was refused or ended; the engine and all other requests go on
+    │   ├── InvalidRequest     its values make no sense here; carries the parameter's name
+    │   │   └── RequestTooLong it can never fit: in the model's length, or in the memory budget
+    │   ├── QueueFull          too many requests wait; try again later
+    │   ├── ShuttingDown       no new requests are taken on
+    │   ├── ReaderTooSlow      its output was not read, and was not waited for
+    │   └── RequestFailed      computing it failed
+    ├── EngineDead             the serving engine ended, and why; it answers nobody any more
     └── InvariantError         our bug: the books do not add up; carries a dump of the state
 
 After any of them except InvariantError all sequences are as they were before the call. Warm slots may have gone cold to
@@ -80,6 +88,46 @@ class DriverError(VmemError):
 
 class UsageError(VmemError):
     """The caller broke a contract. Nothing changed."""
+
+
+class RequestError(VmemError):
+    """One request was refused or ended early. The engine and all other requests go on."""
+
+
+class InvalidRequest(RequestError, ValueError):
+    """A request's values make no sense here. Raised before anything was allocated for it.
+
+    Attributes:
+        param: The name of the value that is wrong, as `SamplingParams` and `Request` call it.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class RequestTooLong(InvalidRequest):
+    """A request can never fit: it is longer than the model takes, or than the whole memory budget holds."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already. Nothing was queued: try again later."""
+
+
+class ShuttingDown(RequestError):
+    """The engine finishes what it has and takes on nothing new."""
+
+
+class ReaderTooSlow(RequestError):
+    """A request's output piled up unread, so the request was ended. Its memory is free."""
+
+
+class RequestFailed(RequestError):
+    """Computing this request failed. Its cause is chained."""
+
+
+class EngineDead(VmemError):
+    """The serving engine ended: a broken driver, or a bug. It answers nobody any more; the cause is chained."""
 
 
 class InvariantError(VmemError):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class SlotStats(NamedTuple):
+    """One slot. Its virtual span is the same for all: `layout.max_tokens` tokens."""
+
+    state: str  # a value of `SlotState`
+    n_mapped_pages: int
+    n_tokens: int  # live; 0 for a slot that belongs to no sequence
 
 
 @dataclass(frozen=True, slots=True)

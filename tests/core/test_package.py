@@ -97,7 +97,7 @@ def test_an_import_is_seen_wherever_it_hides(tmp_path: Path) -> None:
 def test_only_what_stands_above_the_core_imports_transformers() -> None:
     for name, path in modules():
         if any(i.split(".")[0] == "transformers" for i in imports_of(path, everywhere=True)):
-            allowed = ("vmem_kv.integrations", "vmem_kv.models", "vmem_kv.cli")
+            allowed = ("vmem_kv.integrations", "vmem_kv.models", "vmem_kv.engine", "vmem_kv.server", "vmem_kv.cli")
             assert name.startswith(allowed), name
 
 
@@ -186,6 +186,14 @@ def test_the_error_tree_is_the_one_that_its_file_draws() -> None:
         "OutOfMappings": "CapacityError",
         "DriverError": "VmemError",
         "UsageError": "VmemError",
+        "RequestError": "VmemError",
+        "InvalidRequest": "RequestError",
+        "RequestTooLong": "InvalidRequest",
+        "QueueFull": "RequestError",
+        "ShuttingDown": "RequestError",
+        "ReaderTooSlow": "RequestError",
+        "RequestFailed": "RequestError",
+        "EngineDead": "VmemError",
         "InvariantError": "VmemError",
     }
     assert issubclass(errors.ConfigError, ValueError)

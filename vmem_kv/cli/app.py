@@ -13,21 +13,29 @@ from rich.console import Console
 from rich.markup import escape
 
 import vmem_kv
+from vmem_kv.cli.chat import chat
 from vmem_kv.cli.doctor import doctor
 from vmem_kv.cli.frag import frag
 from vmem_kv.cli.generate import generate
 from vmem_kv.cli.replay import replay
+from vmem_kv.cli.serve import serve
 from vmem_kv.cli.stress import stress
+from vmem_kv.cli.top import top
 from vmem_kv.errors import VmemError
 
 P = ParamSpec("P")
 
 EXTRA_OF_PACKAGE = {
     "accelerate": "hf",
+    "fastapi": "serve",
     "gguf": "hf",
+    "httpx": "serve",
     "matplotlib": "cli",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
     "safetensors": "hf",
     "transformers": "hf",
+    "uvicorn": "serve",
 }
 
 OPTION_OF_SETTING = (
@@ -47,7 +55,7 @@ app = typer.Typer(
     help=(
         "KV caches that are contiguous in virtual memory, with physical pages mapped as the tokens arrive.\n\n"
         "Start with `vmem-kv generate --prompt 'Why is the sky blue?' --compare`, and ask "
-        "`vmem-kv doctor` what this machine offers."
+        "`vmem-kv doctor` what this machine offers. `vmem-kv serve` serves a model to OpenAI's clients."
     ),
 )
 
@@ -106,6 +114,9 @@ def options(
 
 
 app.command()(explain_errors(generate))
+app.command()(explain_errors(serve))
+app.command()(explain_errors(chat))
+app.command()(explain_errors(top))
 app.command()(explain_errors(doctor))
 app.command()(explain_errors(replay))
 app.command()(explain_errors(frag))

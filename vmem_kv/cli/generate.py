@@ -117,8 +117,10 @@ def generate(
         cache_options["max_bytes"] = parse_bytes(max_memory)
     CacheConfig(**cache_options)  # refuses before a model is loaded what no model can make right
 
-    model, tokenizer = _load(err, model_name, dtype.value, (attention or Attention.VMEM_KV).value, device, threads)
-    from vmem_kv.cli import comparison, report  # they need torch, which took its time in _load
+    model, tokenizer = load_with_bar(
+        err, model_name, dtype.value, (attention or Attention.VMEM_KV).value, device, threads
+    )
+    from vmem_kv.cli import comparison, report  # they need torch, which took its time in load_with_bar
 
     inputs = {name: tensor.to(model.device) for name, tensor in _encode(tokenizer, text, raw).items()}
     n_prompt = inputs["input_ids"].shape[1]
@@ -183,7 +185,7 @@ def _check_plot(path: Path) -> None:
         raise ConfigError(f"--plot is {path}; it cannot be written: {error.strerror}") from error
 
 
-def _load(
+def load_with_bar(
     err: Console, name: str | None, dtype: str, attention: str, device: str, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load torch, transformers and the model, with a bar that knows the phases of a conversion."""

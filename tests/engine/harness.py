@@ -1,0 +1,98 @@
+"""Engines on tiny models, and what transformers' own `generate` answers to the same requests."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tests.core.backends import open_backend
+from tests.hf.architectures import build_model, random_tokens
+from vmem_kv.config import CacheConfig
+from vmem_kv.devices import OpenDriver
+from vmem_kv.driver.base import Driver
+from vmem_kv.driver.ledger import Ledger
+from vmem_kv.engine.engine import Engine
+from vmem_kv.engine.llm import make_config
+from vmem_kv.engine.request import Request, SequenceUpdate
+from vmem_kv.engine.sampling_params import SamplingParams
+
+MAX_STEPS = 5_000
+"""More steps than any test's requests need: who takes more makes no progress."""
+
+
+def backend(name: str = "native") -> OpenDriver:
+    """Return what opens a driver with books of its own, whatever else the test process maps."""
+
+    def open_it(device: torch.device, config: CacheConfig) -> Driver:
+        return open_backend(name, Ledger())
+
+    return open_it
+
+
+@contextmanager
+def engine_on(
+    architecture: str = "llama", *, tokenizer: Any = None, driver: OpenDriver | None = None, **options: Any
+) -> Iterator[Engine]:
+    """Yield an engine on a model of its own; afterwards nothing may be left in its memory."""
+    model = copy.deepcopy(build_model(architecture))
+    engine = Engine(model, tokenizer, make_config(**options), open_driver=driver or backend())
+    try:
+        yield engine
+        engine.memory.cache.check()
+        assert not engine.memory.cache.active_slots() or engine.has_work
+    finally:
+        engine.close()
+    assert engine.memory.pool.n_owned == 0
+
+
+@functools.cache
+def greedy_alone(architecture: str, prompt: tuple[int, ...], n_tokens: int) -> list[int]:
+    """The tokens that `generate` answers to one prompt, alone."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        output = build_model(architecture).generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False
+        )
+    answer: list[int] = output[0, len(prompt) :].tolist()
+    return answer
+
+
+def prompt_of(n_tokens: int, seed: int = 0) -> tuple[int, ...]:
+    """Ordinary tokens."""
+    return tuple(random_tokens(1, n_tokens, 1_000 * seed + n_tokens)[0].tolist())
+
+
+def greedy(n_tokens: int, **params: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=n_tokens, **params)
+
+
+def run(engine: Engine, requests: Sequence[Request] = (), *, every: int = 0) -> dict[str, list[SequenceUpdate]]:
+    """Add requests (all at once, or one every so many steps), step until nothing is left; return joined updates."""
+    waiting = list(reversed(requests))
+    answers: dict[str, dict[int, SequenceUpdate]] = {}
+    n_steps = 0
+    while waiting or engine.has_work:
+        while waiting and (not every or n_steps % every == 0 or not engine.has_work):
+            engine.add(waiting.pop())
+            if every:
+                break
+        for update in engine.step():
+            parts = answers.setdefault(update.request_id, {})
+            if update.index in parts:
+                assert not parts[update.index].is_finished
+                parts[update.index].append(update)
+            else:
+                parts[update.index] = update
+        n_steps += 1
+        assert n_steps < MAX_STEPS, "no progress"
+    return {request_id: [part for _, part in sorted(parts.items())] for request_id, parts in answers.items()}
+
+
+def tokens(answers: dict[str, list[SequenceUpdate]], request: Request) -> list[int]:
+    """The tokens of a request's first answer."""
+    return answers[request.request_id][0].token_ids

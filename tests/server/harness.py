@@ -1,0 +1,150 @@
+"""A real server in a thread, on an ephemeral port of loopback, with an engine on a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.engine.harness import backend
+from vmem_kv.engine.async_engine import AsyncEngine
+from vmem_kv.engine.engine import Engine
+from vmem_kv.engine.llm import make_config
+from vmem_kv.models import load
+from vmem_kv.server.auth import Hosts, Keys
+from vmem_kv.server.limits import Limits
+from vmem_kv.server.metrics import Metrics
+from vmem_kv.server.run import Server, bind
+from vmem_kv.server.service import Service
+from vmem_kv.server.text import TextCodec
+
+MODEL = "tiny"
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+WAIT_S = 30.0
+Data = dict[str, Any]
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    service: Service
+    server: Server
+    loop: asyncio.AbstractEventLoop
+    thread: threading.Thread
+    url: str
+    port: int
+    client: httpx.Client
+    exit_codes: list[int]
+
+    @property
+    def engine(self) -> Engine:
+        return self.service.engine.engine
+
+    def post(self, endpoint: str, **fields: Any) -> httpx.Response:
+        return self.client.post(PATHS[endpoint], json=good(endpoint, **fields))
+
+    def end(self) -> None:
+        """What a signal does."""
+        self.loop.call_soon_threadsafe(self.server.end)
+
+    def is_idle(self) -> bool:
+        return not self.engine.has_work and not self.engine.memory.cache.active_slots()
+
+    def check_idle(self) -> None:
+        """No page belongs to a sequence, and the books add up."""
+        until(self.is_idle)
+        assert self.engine.memory.cache.stats().n_live_pages == 0
+        self.engine.memory.cache.check()
+
+
+def good(endpoint: str, **fields: Any) -> Data:
+    """A greedy request that any of these servers answers; fields set to `...` are left out."""
+    ask: Data = {"model": MODEL, "temperature": 0, "max_tokens": 8}
+    if endpoint == "completions":
+        ask["prompt"] = "the sky is blue"
+    else:
+        ask["messages"] = [{"role": "user", "content": "the sky is blue"}]
+    return {k: v for k, v in (ask | fields).items() if v is not ...}
+
+
+def text_of(endpoint: str, data: Data, index: int = 0) -> str:
+    choice = data["choices"][index]
+    text: str = choice["text"] if endpoint == "completions" else choice["message"]["content"]
+    return text
+
+
+def events(body: str) -> list[Data | str]:
+    """The data of a stream's events, comments left out."""
+    found: list[Data | str] = []
+    for line in body.splitlines():
+        if line.startswith("data: "):
+            found.append("[DONE]" if line == "data: [DONE]" else json.loads(line[6:]))
+        else:
+            assert not line or line.startswith(":"), line
+    return found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end_s, "it never came true"
+        time.sleep(0.005)
+
+
+@contextmanager
+def serving(
+    folder: Path, *, limits: Limits | None = None, keys: tuple[str, ...] = (), **options: Any
+) -> Iterator[Running]:
+    """Serve the model in a folder. Afterwards the server has ended by itself, and no memory is left."""
+    model, tokenizer = load(str(folder))
+    tokenizer.chat_template = TEMPLATE
+    inner = Engine(model, tokenizer, make_config(**{"max_num_seqs": 4, **options}), backend())
+    engine = AsyncEngine(inner)
+    service = Service(
+        engine,
+        TextCodec(tokenizer, inner.max_model_len),
+        MODEL,
+        limits or Limits(grace_s=5.0),
+        Keys(keys),
+        Hosts("127.0.0.1"),
+        Metrics(engine),
+    )
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = Server(service, listener)
+    started = threading.Event()
+    exit_codes: list[int] = []
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def run() -> None:
+        loops.append(asyncio.get_running_loop())
+        exit_codes.append(await server.serve(started.set))
+
+    engine.start()
+    thread = threading.Thread(target=lambda: asyncio.run(run()), name="server")
+    thread.start()
+    assert started.wait(WAIT_S)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
+        running = Running(service, server, loops[0], thread, url, port, client, exit_codes)
+        try:
+            yield running
+        finally:
+            if thread.is_alive():
+                running.end()
+            thread.join(WAIT_S)
+    assert not thread.is_alive()
+    assert engine.stop(WAIT_S)
+    if engine.health().death:
+        inner.close()
+    assert inner.memory.pool.n_owned == 0

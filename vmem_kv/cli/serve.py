@@ -1,0 +1,210 @@
+"""`vmem-kv serve`: an OpenAI-compatible server for one model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vmem_kv.cli.generate import Dtype, load_with_bar
+from vmem_kv.errors import ConfigError
+
+_MODEL = "Model"
+_ENGINE = "Engine and memory"
+_HTTP = "HTTP, access and limits"
+
+
+def serve(
+    model_name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A folder, a GGUF file, or a name on the Hugging Face hub.",
+            show_default="SmolLM2-135M-Instruct",
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option("--name", help="What clients call the model.", show_default="the last part of MODEL",
+                     rich_help_panel=_MODEL),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of weights and cache.", rich_help_panel=_MODEL)
+    ] = Dtype.FLOAT32,
+    device: Annotated[
+        str,
+        typer.Option(help="Where model and cache live: cpu, cuda or cuda:N; see `vmem-kv doctor`.",
+                     rich_help_panel=_MODEL),
+    ] = "cpu",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that torch computes with.", show_default="torch's choice",
+                     rich_help_panel=_MODEL),
+    ] = None,
+    max_seqs: Annotated[
+        int, typer.Option(min=1, help="Sequences that compute together; each has a slot.", rich_help_panel=_ENGINE)
+    ] = 32,
+    max_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of a sequence, prompt and answer. It costs addresses, not memory.",
+                     show_default="what the model was made for", rich_help_panel=_ENGINE),
+    ] = None,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of one step. Longer prompts are computed in chunks beside the others' tokens.",
+                     rich_help_panel=_ENGINE),
+    ] = 512,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Budget of physical memory for the cache, such as 2g.", show_default="90 % of what is free",
+                     rich_help_panel=_ENGINE),
+    ] = None,
+    page_bytes: Annotated[
+        str | None,
+        typer.Option(help="Unit of physical memory, such as 64k.", show_default="by the layout",
+                     rich_help_panel=_ENGINE),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="auto, per_head, per_layer, group:N or token_major.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. One that other machines reach needs an API key.",
+                     rich_help_panel=_HTTP),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes any that is free.", rich_help_panel=_HTTP)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="VMEM_KV_API_KEY", show_envvar=True, show_default=False,
+                     help="A key that clients must send. Prefer the variable: other users see your command line.",
+                     rich_help_panel=_HTTP),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, rich_help_panel=_HTTP,
+                     help="Keys, one a line. Clients of different keys never get each other's pages unscrubbed."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name by which clients may call a server on loopback (against DNS rebinding).",
+                     rich_help_panel=_HTTP),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Answers that may wait for a slot; more get 429.", rich_help_panel=_HTTP)
+    ] = 256,
+    max_n: Annotated[int, typer.Option(min=1, help="Answers in one request.", rich_help_panel=_HTTP)] = 8,
+    request_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for one request, waiting included.", rich_help_panel=_HTTP)
+    ] = 600.0,
+    send_timeout: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds that a client may stop reading before it is cut off.",
+                     rich_help_panel=_HTTP),
+    ] = 30.0,
+    grace: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds for unfinished answers after SIGTERM or Ctrl-C; a second one ends at once.",
+                     rich_help_panel=_HTTP),
+    ] = 30.0,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error. Logs are JSON on standard error.", rich_help_panel=_HTTP)
+    ] = "info",
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:  # fmt: skip
+    """Serve a model to OpenAI's clients, many requests at once, over demand-mapped memory.
+
+    **Start and ask**
+
+    - `vmem-kv serve`
+
+    - `curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
+      -d '{"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": "Hello"}]}'`
+
+    - `vmem-kv chat` talks to it; `vmem-kv top` and http://127.0.0.1:8000/dashboard show its memory, live.
+
+    **Endpoints**
+
+    `/v1/chat/completions`, `/v1/completions` (both stream), `/v1/models`, `/tokenize`, `/detokenize`, `/openapi.json`;
+    `/health` (the process lives), `/ready` (requests are computed), `/metrics` (Prometheus), `/dashboard`.
+
+    **Memory**
+
+    Every sequence has a slot: a contiguous range of addresses for --max-len tokens. Physical pages are mapped under it
+    as tokens arrive. So --max-len and --max-seqs cost addresses only; --max-memory is what is really spent. Where it
+    does not suffice, requests wait, and the youngest ones are computed again later.
+
+    **Ending**
+
+    SIGTERM or Ctrl-C: /ready says 503, nothing new is taken on, unfinished answers have --grace seconds. A second
+    signal ends at once. The exit status is 0 then, and 1 where the engine itself failed.
+
+    **Examples**
+
+    - `vmem-kv serve ./my-model --dtype bfloat16 --max-memory 4g`
+
+    - `VMEM_KV_API_KEY=... vmem-kv serve --host 0.0.0.0 --port 80`
+    """
+    from vmem_kv.server.auth import Hosts, Keys
+    from vmem_kv.server.limits import Limits
+    from vmem_kv.server.run import bind, check_exposure
+
+    err = Console(file=sys.stderr)
+    keys = Keys(_read_keys(api_key, api_key_file))
+    check_exposure(host, bool(keys))
+    limits = Limits(request_timeout_s=request_timeout, send_timeout_s=send_timeout, grace_s=grace)
+    listener = bind(host, port)
+    engine_options: dict[str, Any] = {
+        "max_num_seqs": max_seqs,
+        "max_model_len": max_len,
+        "max_batch_tokens": max(max_batch_tokens, max_seqs),
+        "max_queued": max_queue,
+        "max_n": max_n,
+        "max_bytes": max_memory,
+        "layout": layout,
+        **({"page_bytes": _bytes(page_bytes)} if page_bytes else {}),
+    }
+    name = served_name or (Path(model_name).stem if model_name else "SmolLM2-135M-Instruct")
+    try:
+        from vmem_kv.engine.llm import make_config
+
+        config = make_config(**{k: v for k, v in engine_options.items() if v is not None})
+        model, tokenizer = load_with_bar(err, model_name, dtype.value, "vmem_kv", device, threads)
+        from vmem_kv.server.serving import serve_model
+
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+        def on_started() -> None:
+            err.print(
+                f"[bold]{name}[/] is served at {url}/v1; its memory is shown at {url}/dashboard",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+        code = serve_model(
+            model, tokenizer, config,
+            name=name, limits=limits, keys=keys, hosts=Hosts(host, allowed_host or ()), listener=listener,
+            log_level=log_level, on_started=on_started,
+        )  # fmt: skip
+    finally:
+        listener.close()
+    raise typer.Exit(code)
+
+
+def _read_keys(api_key: str | None, file: Path | None) -> list[str]:
+    keys = [api_key] if api_key else []
+    if file is not None:
+        keys += [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        if not keys:
+            raise ConfigError(f"{file} holds no API key; write one a line")
+    return keys
+
+
+def _bytes(text: str) -> int:
+    from vmem_kv.units import parse_bytes
+
+    return parse_bytes(text)

@@ -1,0 +1,326 @@
+"""The engine in a thread of its own, for asyncio.
+
+    answers = engine.submit(request)       checked and queued; raises at once
+    async for update in answers:           SequenceUpdate, until each of the n answers has finished
+        ...
+    await answers.aclose()                 or leave the loop early: the request is aborted
+
+The engine's thread never waits for a reader: it hands updates over to the reader's event loop, where unread ones of an
+answer are joined into one. A reader that leaves too much unread is cut off.
+
+Guarantees: every stream ends: with its answers' last updates, or by raising EngineDead where the engine died. Once a
+stream is closed, its memory is free within two steps. Nothing outside the thread touches the engine but `check` and
+`snapshot`, which allow it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+
+from vmem_kv.engine.engine import Engine, EngineStats
+from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
+from vmem_kv.errors import EngineDead, QueueFull, ReaderTooSlow, RequestError, ShuttingDown, UsageError, VmemError
+
+MAX_UNREAD_CHARACTERS = 64 * 1024
+HEARTBEAT_S = 0.25
+"""How often an idle engine shows that it is alive."""
+_LOG = logging.getLogger("vmem_kv")
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the engine can be relied on.
+
+    Attributes:
+        is_alive: Its thread runs.
+        silent_s: Seconds since it last showed life: after each step, and while idle every `HEARTBEAT_S`.
+        is_mapper_alive: Whether memory is mapped ahead; where not, mapping is synchronous. None: not asked for.
+        is_draining: Whether it takes on nothing new.
+        n_open: Requests unfinished.
+        death: Why it is dead, in words; empty while it is not.
+    """
+
+    is_alive: bool
+    silent_s: float
+    is_mapper_alive: bool | None
+    is_draining: bool
+    n_open: int
+    death: str
+
+
+class AnswerStream:
+    """One request's updates, in the event loop that submitted it."""
+
+    def __init__(self, engine: AsyncEngine, request: Request, max_unread_characters: int) -> None:
+        self.request = request
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._max_unread_characters = max_unread_characters
+        self._unread: dict[int, SequenceUpdate] = {}
+        self._n_left = request.params.n
+        self._failure: Exception | None = None
+        self._news = asyncio.Event()
+
+    def __aiter__(self) -> AnswerStream:
+        return self
+
+    async def __anext__(self) -> SequenceUpdate:
+        """Return what is new of one answer.
+
+        Raises:
+            ReaderTooSlow: Too much lay unread; the request was aborted.
+            EngineDead: The engine ended.
+        """
+        while not self._unread:
+            if self._failure is not None:
+                raise self._failure
+            if not self._n_left:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        update = self._unread.pop(next(iter(self._unread)))
+        self._n_left -= update.is_finished
+        return update
+
+    async def aclose(self) -> None:
+        """Abort the request, if it is unfinished. Idempotent."""
+        self.close()
+
+    def close(self) -> None:
+        """`aclose` for code that cannot wait."""
+        if self._n_left:
+            self._n_left = 0
+            self._unread.clear()
+            self._engine.abort(self.request.request_id)
+            self._news.set()
+
+    async def __aenter__(self) -> AnswerStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where it is read."""
+        return self._loop
+
+    def deliver(self, update: SequenceUpdate) -> None:
+        """Take an update in; in the stream's own loop."""
+        if not self._n_left or self._failure is not None:
+            return
+        unread = self._unread.get(update.index)
+        if unread is None:
+            self._unread[update.index] = update
+        else:
+            unread.append(update)
+        n_characters = sum(len(u.text) for u in self._unread.values())
+        if n_characters > self._max_unread_characters:
+            self._unread.clear()
+            self.fail(ReaderTooSlow(f"{n_characters} characters of the answer were not read; the request was ended"))
+            self._engine.abort(self.request.request_id)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the stream by an error, behind what is unread; in the stream's own loop."""
+        self._failure = self._failure or error
+        self._news.set()
+
+
+class AsyncEngine:
+    """Runs an engine in a thread.
+
+    Args:
+        engine: Nobody else uses it from now on; `stop` closes it.
+        max_unread_characters: How much text of a request may lie unread before its reader is cut off.
+    """
+
+    def __init__(self, engine: Engine, *, max_unread_characters: int = MAX_UNREAD_CHARACTERS) -> None:
+        self.engine = engine
+        self._max_unread_characters = max_unread_characters
+        self._wake = threading.Condition()
+        self._to_add: deque[Request] = deque()
+        self._to_abort: deque[str] = deque()
+        self._streams: dict[str, AnswerStream] = {}
+        self._is_draining = False
+        self._stopping = False
+        self._death: EngineDead | None = None
+        self._seen_alive_s = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self.n_rejected = 0
+        """Requests refused because too many waited."""
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            UsageError: It was started before.
+        """
+        if self._thread is not None:
+            raise UsageError("an AsyncEngine starts once; make a new one")
+        self._thread = threading.Thread(target=self._run, name="vmem_kv-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> AnswerStream:
+        """Queue a request and return its answers. Call it in the event loop that will read them.
+
+        Raises:
+            InvalidRequest, RequestTooLong: See `Engine.check`.
+            QueueFull: Too many requests wait.
+            ShuttingDown: `drain` or `stop` was called.
+            EngineDead: The engine ended.
+            UsageError: A request of that id is unfinished.
+            Nothing was queued after any of these.
+        """
+        self.engine.check(request)
+        stream = AnswerStream(self, request, self._max_unread_characters)
+        with self._wake:
+            if self._death is not None:
+                raise self._death
+            if self._is_draining or self._stopping:
+                raise ShuttingDown("the engine is shutting down and takes on no new requests")
+            if request.request_id in self._streams:
+                raise UsageError(f"request {request.request_id} is unfinished; every request needs an id of its own")
+            if not self.engine.has_place(sum(r.params.n for r in self._to_add) + request.params.n):
+                self.n_rejected += 1
+                raise QueueFull("too many requests wait already; try again later")
+            self._streams[request.request_id] = stream
+            self._to_add.append(request)
+            self._wake.notify_all()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon. Unknown ids are fine. May be called from any thread."""
+        with self._wake:
+            self._to_abort.append(request_id)
+            self._wake.notify_all()
+
+    def snapshot(self) -> EngineStats:
+        """Return what there is to know just now."""
+        return self.engine.snapshot()
+
+    def health(self) -> Health:
+        """Say whether the engine can be relied on. Takes no lock that a step holds."""
+        thread, mapper = self._thread, self.engine.memory.premapper
+        return Health(
+            is_alive=thread is not None and thread.is_alive() and self._death is None,
+            silent_s=time.monotonic() - self._seen_alive_s,
+            is_mapper_alive=None if mapper is None else mapper.is_alive,
+            is_draining=self._is_draining,
+            n_open=len(self._streams),
+            death="" if self._death is None else str(self._death),
+        )
+
+    def drain(self) -> None:
+        """Take on nothing new from now on; what there is goes on."""
+        self._is_draining = True
+
+    async def wait_drained(self, grace_s: float) -> bool:
+        """Wait until nothing is unfinished; return whether that came true in time."""
+        end_s = time.monotonic() + grace_s
+        while self._streams and self._death is None and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)
+        return not self._streams
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Abort what is unfinished, end the thread and close the engine. Idempotent.
+
+        Returns:
+            False: the thread is inside a step that does not end; nothing was closed.
+        """
+        with self._wake:
+            self._is_draining = self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return False
+        try:
+            self.engine.close()
+        except VmemError as error:
+            if self._death is None:
+                raise
+            _LOG.warning("closing a dead engine: %s", error)
+        return True
+
+    def _run(self) -> None:
+        try:
+            self.engine.memory.pool.driver.bind_thread()
+            while self._take_in():
+                if self.engine.has_work:
+                    self._hand_out(self.engine.step())
+                self._seen_alive_s = time.monotonic()
+            for request_id in list(self._streams):
+                self._hand_out(self.engine.abort(request_id))
+        except BaseException as error:  # whatever ends the thread must reach those who wait
+            _LOG.exception("the engine ended")
+            self._die(error)
+
+    def _take_in(self) -> bool:
+        """Wait for work, hand it to the engine, and return whether to go on."""
+        with self._wake:
+            if not (self._stopping or self._to_add or self._to_abort or self.engine.has_work):
+                self._wake.wait(HEARTBEAT_S)
+            adding, aborting = list(self._to_add), list(self._to_abort)
+            self._to_add.clear()
+            self._to_abort.clear()
+            stopping = self._stopping
+        for request in adding:
+            try:
+                self.engine.add(request)
+            except RequestError as error:
+                self._hand_out(
+                    SequenceUpdate(request.request_id, i, finish_reason=FinishReason.ERROR, error=error)
+                    for i in range(request.params.n)
+                )
+        for request_id in aborting:
+            self._hand_out(self.engine.abort(request_id))
+            with self._wake:
+                self._streams.pop(request_id, None)
+        return not stopping
+
+    def _hand_out(self, updates: Iterable[SequenceUpdate]) -> None:
+        """Give updates to the loops that read them, one call a loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[AnswerStream, SequenceUpdate]]] = defaultdict(list)
+        ended: list[str] = []
+        for update in updates:
+            stream = self._streams.get(update.request_id)
+            if stream is None:
+                continue
+            by_loop[stream.loop].append((stream, update))
+            if update.is_finished and not self.engine.is_unfinished(update.request_id):
+                ended.append(update.request_id)  # not yet: more of its answers may have ended in this step
+        with self._wake:
+            for request_id in ended:
+                self._streams.pop(request_id, None)
+        for loop, deliveries in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, deliveries)
+            except RuntimeError:  # the loop is closed, and nobody reads any more
+                self._to_abort.extend({update.request_id for _, update in deliveries})
+
+    def _die(self, cause: BaseException) -> None:
+        death = EngineDead(f"the engine ended: {type(cause).__name__}: {cause}")
+        death.__cause__ = cause
+        with self._wake:
+            self._death = death
+            streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            try:
+                stream.loop.call_soon_threadsafe(stream.fail, death)
+            except RuntimeError:  # the loop is closed, and nobody reads any more
+                continue
+
+
+def _deliver(deliveries: list[tuple[AnswerStream, SequenceUpdate]]) -> None:
+    for stream, update in deliveries:
+        stream.deliver(update)

@@ -1,0 +1,459 @@
+"""The loop: one step is schedule, prepare, run, commit.
+
+    engine.add(request)                    checked, queued
+    while engine.has_work:
+        for update in engine.step():       schedule ─▶ prepare ─▶ run ─▶ commit
+            ...
+
+Two domains of failure. What one request caused ends that request, with a `RequestError` in its last update: a pass that
+raises is repeated sequence by sequence, and only those that raise alone end. A lost device or an invariant that does
+not hold ends the engine: `step` raises.
+
+Guarantees: after `step` returns, a sequence that ended has no slot. Between steps, `memory.cache.check()` holds.
+Assumes: one thread calls, but for `snapshot`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vmem_kv.attention.choose import AUTO
+from vmem_kv.devices import OpenDriver, open_driver
+from vmem_kv.engine.answer import Answer
+from vmem_kv.engine.config import EngineConfig
+from vmem_kv.engine.packed import PackedRoute
+from vmem_kv.engine.packed_weights import is_available, pack
+from vmem_kv.engine.request import FinishReason, Request, Sequence, SequenceUpdate
+from vmem_kv.engine.route import Route
+from vmem_kv.engine.rows_route import RowsRoute
+from vmem_kv.engine.sampler import Sampled, Sampler
+from vmem_kv.engine.scheduler import Chunk, Scheduler, StepPlan
+from vmem_kv.errors import (
+    CapacityError,
+    ConfigError,
+    DriverError,
+    InvalidRequest,
+    InvariantError,
+    QueueFull,
+    RequestFailed,
+    RequestTooLong,
+    UsageError,
+)
+from vmem_kv.stats import CacheStats, SlotStats
+
+DEFAULT_MODEL_LEN = 32_768
+_LOG = logging.getLogger("vmem_kv")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """One snapshot, for metrics and people. Counts are since the engine was opened.
+
+    Attributes:
+        n_running: Sequences that have a slot.
+        n_waiting: Sequences that have none.
+        n_steps: Steps done.
+        n_prompt_tokens: Tokens of prompts computed, repetitions after a preemption included.
+        n_generated_tokens: Tokens sampled.
+        n_requests: Requests taken on.
+        n_finished: Answers that ended, by reason.
+        n_preempted: Times that a sequence lost its slot.
+        n_recomputed_tokens: Tokens whose K and V were given up that way.
+        max_model_len: The most tokens of a sequence.
+        token_bytes: Bytes that a token takes over all layers.
+        page_bytes: Bytes of a page.
+        slots: Every slot, in the order of their addresses.
+        cache: Pages by state.
+        is_mapper_alive: Whether memory is mapped ahead in the background; None where nobody asked for that.
+        last_step_s: When the last step ended, on `time.monotonic`'s clock.
+    """
+
+    n_running: int
+    n_waiting: int
+    n_steps: int
+    n_prompt_tokens: int
+    n_generated_tokens: int
+    n_requests: int
+    n_finished: dict[str, int]
+    n_preempted: int
+    n_recomputed_tokens: int
+    max_model_len: int
+    token_bytes: int
+    page_bytes: int
+    slots: list[SlotStats]
+    cache: CacheStats
+    is_mapper_alive: bool | None
+    last_step_s: float
+
+
+class Engine:
+    """A model, its slots and its queue.
+
+    Args:
+        model: A decoder of transformers, in evaluation mode, on one device. It belongs to the engine until `close`.
+        tokenizer: The model's; None for tokens without text.
+        config: How to run.
+        open_driver: Opens the driver for the model's device.
+
+    Raises:
+        ConfigError: The model or the machine does not allow it; the message says why. Nothing was left behind.
+        OutOfAddressSpace: The slots are too long for this machine's addresses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: EngineConfig | None = None,
+        open_driver: OpenDriver = open_driver,
+    ) -> None:
+        self.config = config = config or EngineConfig()
+        self.tokenizer = tokenizer
+        self.max_model_len = _max_model_len(model, config.max_model_len)
+        self.vocabulary = _vocabulary(model)
+        self._unpack = pack(model) if config.pack_weights and is_available() else _nothing
+        try:
+            self.route: Route = _open_route(model, config, self.max_model_len, open_driver)
+        except BaseException:
+            self._unpack()
+            raise
+        self.memory = self.route.memory
+        self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
+        self._end_token_ids = _end_token_ids(model)
+        self._scheduler = Scheduler(self.memory, config.max_num_seqs, config.max_batch_tokens, self.route.drop)
+        self._sampler = Sampler(self._end_token_ids)
+        self._answers: dict[Sequence, Answer] = {}
+        self._requests: dict[str, list[Sequence]] = {}
+        self._n_arrived = 0
+        self._n_steps = self._n_prompt_tokens = self._n_generated_tokens = 0
+        self._n_finished = dict.fromkeys(FinishReason, 0)
+        self._last_step_s = time.monotonic()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return self._scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """Check a request against the model and the budget. May be called from any thread.
+
+        Raises:
+            InvalidRequest: A value is wrong; `param` names it.
+            RequestTooLong: It can never fit.
+        """
+        params = request.params
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
+        if len(prompt) >= self.max_model_len:
+            raise RequestTooLong(
+                f"the prompt has {len(prompt)} tokens; with one more for an answer, at most {self.max_model_len} fit",
+                "prompt",
+            )
+        self._check_token_ids(prompt, "prompt")
+        self._check_token_ids(params.stop_token_ids, "stop_token_ids")
+        self._check_token_ids(params.logit_bias, "logit_bias")
+        if params.n > self.config.max_n:
+            raise InvalidRequest(f"n is {params.n}; at most {self.config.max_n} answers are given", "n")
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop texts need a tokenizer, and this engine has none", "stop")
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_model_len:
+            raise RequestTooLong(
+                f"{len(prompt)} tokens of prompt and max_tokens {params.max_tokens} are together more than the "
+                f"{self.max_model_len} that fit",
+                "max_tokens",
+            )
+        max_length = self._max_length(request)
+        if max_length <= len(prompt) or max_length > self.max_tokens_alone:
+            raise RequestTooLong(
+                f"{len(prompt)} tokens of prompt and {params.max_tokens or 'at least one'} more do not fit in the "
+                f"memory budget, which holds {self.max_tokens_alone} tokens of one sequence",
+                "prompt" if len(prompt) >= self.max_tokens_alone else "max_tokens",
+            )
+        if params.min_tokens > max_length - len(prompt):
+            raise InvalidRequest(
+                f"min_tokens is {params.min_tokens}, but at most {max_length - len(prompt)} fit", "min_tokens"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest, RequestTooLong: See `check`. Nothing was queued.
+            QueueFull: Too many requests wait. Nothing was queued.
+            UsageError: A request of that id is unfinished. Nothing was queued.
+        """
+        self.check(request)
+        if request.request_id in self._requests:
+            raise UsageError(f"request {request.request_id} is unfinished; every request needs an id of its own")
+        if not self.has_place(request.params.n):
+            raise QueueFull(f"{self._scheduler.n_waiting} answers wait already; try again later")
+        max_length = self._max_length(request)
+        sequences = [Sequence(request, i, self._n_arrived, max_length) for i in range(request.params.n)]
+        answers = {s: Answer(s, self.tokenizer, self._end_token_ids) for s in sequences}
+        self._n_arrived += 1
+        self._answers |= answers
+        self._requests[request.request_id] = sequences
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def has_place(self, n_answers: int) -> bool:
+        """Whether so many more answers can be queued. What free slots will take at once does not count as waiting."""
+        n_free = max(0, self.config.max_num_seqs - self._scheduler.n_running)
+        return self._scheduler.n_waiting + n_answers <= self.config.max_queued + n_free
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether any answer of a request is still to come."""
+        return request_id in self._requests
+
+    def abort(self, request_id: str) -> list[SequenceUpdate]:
+        """End a request at once and free its memory; return the last updates of its answers. Unknown ids are fine."""
+        sequences = list(self._requests.get(request_id, ()))
+        self._end(sequences, FinishReason.ABORT)
+        return [SequenceUpdate(request_id, s.index, finish_reason=FinishReason.ABORT) for s in sequences]
+
+    def step(self) -> list[SequenceUpdate]:
+        """Compute the next tokens; return what is new.
+
+        Raises:
+            DriverError: The device is lost. The engine is of no more use.
+            InvariantError: A bug. Likewise.
+        """
+        updates: list[SequenceUpdate] = []
+        plan = self._schedule(updates)
+        if plan.chunks:
+            for part, logits in self._compute(plan, updates):
+                self._commit(part, logits, updates)
+        self._n_steps += 1
+        self._last_step_s = time.monotonic()
+        return updates
+
+    def snapshot(self) -> EngineStats:
+        """Return what there is to know just now. May be called from any thread."""
+        counts, memory = self._scheduler.counts, self.memory
+        return EngineStats(
+            n_running=self._scheduler.n_running,
+            n_waiting=self._scheduler.n_waiting,
+            n_steps=self._n_steps,
+            n_prompt_tokens=self._n_prompt_tokens,
+            n_generated_tokens=self._n_generated_tokens,
+            n_requests=self._n_arrived,
+            n_finished={reason.value: n for reason, n in self._n_finished.items()},
+            n_preempted=counts.n_preempted,
+            n_recomputed_tokens=counts.n_recomputed_tokens,
+            max_model_len=self.max_model_len,
+            token_bytes=memory.cache.layout.token_bytes,
+            page_bytes=memory.cache.layout.page_bytes,
+            slots=memory.cache.slot_stats(),
+            cache=memory.cache.stats(),
+            is_mapper_alive=None if memory.premapper is None else memory.premapper.is_alive,
+            last_step_s=self._last_step_s,
+        )
+
+    def close(self) -> None:
+        """End what is unfinished, leave the model as it was found, give the memory back. Idempotent."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self.route.close()
+        self._unpack()
+
+    def _schedule(self, updates: list[SequenceUpdate]) -> StepPlan:
+        """Choose what to compute, and map its pages."""
+        may_admit = True
+        while True:
+            plan = self._scheduler.schedule(may_admit=may_admit)
+            may_admit = False
+            while self._scheduler.failed:
+                sequence, failure = self._scheduler.failed.pop()
+                self._fail([sequence], failure, updates)
+            try:
+                self.memory.grow(plan.lengths)
+                return plan
+            except CapacityError as error:
+                if not self._scheduler.relieve():
+                    self._fail([chunk.sequence for chunk in plan.chunks], error, updates)
+            except DriverError as error:
+                if error.is_fatal:
+                    raise
+                self._fail(self._cannot_grow(plan), error, updates)
+
+    def _cannot_grow(self, plan: StepPlan) -> list[Sequence]:
+        """Grow one by one where all together failed; return those that fail alone."""
+        failed: list[Sequence] = []
+        for chunk in plan.chunks:
+            try:
+                self.memory.grow({chunk.slot_id: chunk.end})
+            except DriverError as error:
+                if error.is_fatal:
+                    raise
+                failed.append(chunk.sequence)
+            except CapacityError:
+                pass  # the next try decides
+        return failed
+
+    def _compute(self, plan: StepPlan, updates: list[SequenceUpdate]) -> Iterable[tuple[StepPlan, torch.Tensor | None]]:
+        """Run a plan; where that raises, run it sequence by sequence, and end those that raise alone."""
+        try:
+            batch = self.route.prepare(plan)
+            self.memory.premap(self._next_lengths(plan))
+            return [(plan, self.route.run(batch))]
+        except (DriverError, InvariantError):
+            raise
+        except Exception as error:  # whatever a model raises
+            if len(plan.chunks) == 1:
+                self._fail([plan.chunks[0].sequence], error, updates)
+                return []
+            _LOG.warning("a step of %d sequences failed, repeating it one by one: %s", len(plan.chunks), repr(error))
+        # Outside of the handler: what is raised in it would hold on to the first error, and that to all its tensors.
+        return [result for chunk in plan.chunks for result in self._compute(StepPlan((chunk,)), updates)]
+
+    def _next_lengths(self, plan: StepPlan) -> dict[Any, int]:
+        """Lengths after the step that follows, as far as they are known: what to map ahead."""
+        return {
+            chunk.slot_id: min(
+                chunk.end + (1 if chunk.gives_token else chunk.n_tokens),
+                chunk.sequence.max_length if chunk.gives_token else len(chunk.sequence.token_ids),
+            )
+            for chunk in plan.chunks
+        }
+
+    def _commit(self, plan: StepPlan, logits: torch.Tensor | None, updates: list[SequenceUpdate]) -> None:
+        """Note what was computed, sample, and end what is complete."""
+        giving: list[Sequence] = []
+        for chunk in plan.chunks:
+            chunk.sequence.n_computed = chunk.end
+            if chunk.gives_token:
+                giving.append(chunk.sequence)
+            self._n_prompt_tokens += _n_prompt_tokens(chunk)
+        if self.route.window_tokens is not None:
+            kept = self.route.window_tokens
+            self.memory.slide({chunk.slot_id: chunk.end - kept for chunk in plan.chunks if chunk.end > kept})
+        if not giving or logits is None:
+            return
+        for sequence, sampled in self._sample(giving, logits, updates):
+            self._append(sequence, sampled, updates)
+
+    def _sample(
+        self, sequences: list[Sequence], logits: torch.Tensor, updates: list[SequenceUpdate]
+    ) -> list[tuple[Sequence, Sampled]]:
+        """Sample together; where that raises, one by one, and end those that raise alone."""
+        try:
+            return list(zip(sequences, self._sampler.sample(sequences, logits), strict=True))
+        except Exception as error:  # whatever one request's values do that nobody foresaw
+            if len(sequences) == 1:
+                self._fail(sequences, error, updates)
+                return []
+            _LOG.warning("sampling for %d sequences failed, repeating it one by one: %s", len(sequences), repr(error))
+        return [
+            pair
+            for row, sequence in enumerate(sequences)
+            for pair in self._sample([sequence], logits[row : row + 1], updates)
+        ]
+
+    def _append(self, sequence: Sequence, sampled: Sampled, updates: list[SequenceUpdate]) -> None:
+        if sampled.token_id is None:
+            self._fail([sequence], ValueError("the model's logits are no numbers"), updates)
+            return
+        self._n_generated_tokens += 1
+        try:
+            update = self._answers[sequence].add(sampled.token_id, sampled)
+        except Exception as error:  # whatever a tokenizer raises
+            self._fail([sequence], error, updates)
+            return
+        updates.append(update)
+        if update.finish_reason is not None:
+            self._end([sequence], update.finish_reason)
+
+    def _fail(self, sequences: list[Sequence], cause: Exception, updates: list[SequenceUpdate]) -> None:
+        """End sequences that could not be computed."""
+        # As text: a log that keeps the exception would keep its frames, and all tensors in them.
+        _LOG.warning("%d answers failed: %s", len(sequences), "".join(traceback.format_exception(cause)))
+        for sequence in sequences:
+            error = RequestFailed(f"computing the answer failed: {type(cause).__name__}")
+            error.__cause__ = cause.with_traceback(None)  # whose frames would keep tensors alive
+            update = SequenceUpdate(sequence.request.request_id, sequence.index, finish_reason=FinishReason.ERROR)
+            update.error = error
+            updates.append(update)
+        self._end(sequences, FinishReason.ERROR)
+
+    def _end(self, sequences: list[Sequence], reason: FinishReason) -> None:
+        """Free what ended sequences held."""
+        self._scheduler.remove(sequences)
+        self._n_finished[reason] += len(sequences)
+        for sequence in sequences:
+            del self._answers[sequence]
+            self._sampler.drop(sequence)
+            self.route.drop(sequence)
+            left = self._requests[sequence.request.request_id]
+            left.remove(sequence)
+            if not left:
+                del self._requests[sequence.request.request_id]
+
+    def _max_length(self, request: Request) -> int:
+        """The most tokens that a sequence of this request may come to; without max_tokens, what fits."""
+        if request.params.max_tokens is None:
+            return min(self.max_model_len, self.max_tokens_alone)
+        return len(request.prompt_token_ids) + request.params.max_tokens
+
+    def _check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocabulary:
+                raise InvalidRequest(
+                    f"{param} holds {token_id!r:.40}; tokens are whole numbers from 0 to {self.vocabulary - 1}", param
+                )
+
+
+def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, open_driver: OpenDriver) -> Route:
+    why_not_packed = ""
+    if config.route == "packed" or (config.route == "auto" and not _keeps_latents(model)):
+        try:
+            return PackedRoute(model, config, max_tokens, open_driver)
+        except ConfigError as error:
+            if config.route == "packed" or config.kernel != AUTO:
+                raise
+            why_not_packed = f"{error}; "
+    try:
+        return RowsRoute(model, config, max_tokens, open_driver)
+    except ConfigError as error:
+        raise ConfigError(f"{why_not_packed}{error}") from error
+
+
+def _nothing() -> None:
+    """What is to be undone where nothing was done."""
+
+
+def _keeps_latents(model: PreTrainedModel) -> bool:
+    """Whether K and V are kept as latents, which the packed route would keep expanded: many times as large."""
+    return getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+
+
+def _max_model_len(model: PreTrainedModel, wanted: int | None) -> int:
+    made_for = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if wanted is not None and made_for and wanted > made_for:
+        raise ConfigError(f"max_model_len is {wanted}; the model was made for {made_for} tokens")
+    return wanted or made_for or DEFAULT_MODEL_LEN
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that can both be read and be written."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(table.weight.shape[0]) for table in tables if table is not None)
+
+
+def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    ends = None if model.generation_config is None else model.generation_config.eos_token_id
+    if ends is None:
+        ends = model.config.get_text_config(decoder=True).eos_token_id
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _n_prompt_tokens(chunk: Chunk) -> int:
+    return max(0, min(chunk.end, chunk.sequence.n_prompt) - chunk.first_token)

@@ -1,0 +1,234 @@
+"""`LLM(model).generate(prompts)`: the engine for a script, one call at a time.
+
+llm = LLM()                                          the default model
+for output in llm.generate(["The sky is"], SamplingParams(temperature=0, max_tokens=20)):
+    print(output.text)
+llm.close()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vmem_kv.config import CacheConfig
+from vmem_kv.engine.config import EngineConfig
+from vmem_kv.engine.engine import Engine, EngineStats
+from vmem_kv.engine.progress import open_progress
+from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from vmem_kv.engine.sampling_params import SamplingParams
+from vmem_kv.errors import ConfigError, InvalidRequest, RequestError
+from vmem_kv.models import load
+from vmem_kv.units import parse_bytes
+
+Prompt = str | Sequence[int]
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOutput:
+    """One finished answer.
+
+    Attributes:
+        text: What the model wrote, without the stop text.
+        token_ids: Its tokens, stop tokens included.
+        finish_reason: Why it ended.
+        stop_reason: The stop text or stop token that ended it.
+        logprobs: One entry a token, where asked for.
+        error: What went wrong, where `finish_reason` is ERROR.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The answers to one prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+    answers: tuple[AnswerOutput, ...] = field(default=())
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.answers[0].text
+
+
+class LLM:
+    """A model with its engine.
+
+    Args:
+        model: A folder, a GGUF file, a name on the hub, a model in memory, or None for the default model.
+        tokenizer: With a model in memory: its tokenizer, or None for tokens without text.
+        dtype: "float32", "bfloat16" or "float16", for a model to be loaded.
+        device: Where to load it.
+        options: Fields of `EngineConfig`, and of `CacheConfig` without `max_tokens`; `max_bytes` may be "2GiB".
+
+    Raises:
+        ConfigError: The model cannot be loaded or served, or an option is unknown or makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        **options: Any,
+    ) -> None:
+        config = make_config(**options)
+        if isinstance(model, PreTrainedModel):
+            self.tokenizer = tokenizer
+        else:
+            model, self.tokenizer = load(model, dtype=dtype, device=device)
+        self.engine = Engine(model, self.tokenizer, config)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer prompts, as many at once as fit.
+
+        Args:
+            prompts: Texts or lists of tokens; or one of them.
+            params: For all prompts, or for each.
+            progress: Draw a progress bar on standard error's terminal.
+
+        Returns:
+            An output for each prompt, in order. An answer that failed says so; it harms no other.
+
+        Raises:
+            InvalidRequest: A prompt or its parameters make no sense, and nothing was computed.
+            DriverError, InvariantError: The engine is of no more use.
+        """
+        requests = self._requests([prompts] if _is_one(prompts) else prompts, params)  # type: ignore[list-item,arg-type]
+        collected: dict[str, dict[int, SequenceUpdate]] = {request.request_id: {} for request in requests}
+        waiting = list(reversed(requests))
+        try:
+            with open_progress(sum(r.params.n for r in requests), is_shown=progress) as bar:
+                while waiting or self.engine.has_work:
+                    while waiting and self.engine.has_place(waiting[-1].params.n):
+                        self.engine.add(waiting.pop())
+                    for update in self.engine.step():
+                        _collect(collected[update.request_id], update)
+                        bar.see(update)
+        finally:
+            for request in requests:  # those that an interruption left unfinished
+                self.engine.abort(request.request_id)
+        return [_output(request, collected[request.request_id]) for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer conversations, written as the model's own chat template says. See `generate`.
+
+        Raises:
+            ConfigError: The model has no chat template.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ConfigError("the model has no chat template; use generate")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [
+            self.tokenizer.apply_chat_template(list(c), add_generation_prompt=True, return_dict=False)
+            for c in conversations
+        ]
+        return self.generate(prompts, params, progress=progress)
+
+    def stats(self) -> EngineStats:
+        """Return one snapshot of the engine."""
+        return self.engine.snapshot()
+
+    def close(self) -> None:
+        """Leave the model as it was found, and give the memory back. Idempotent."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(prompts)
+        else:
+            each = list(params)
+        if len(each) != len(prompts):
+            raise InvalidRequest(f"{len(each)} parameters were given for {len(prompts)} prompts", "params")
+        requests = [Request(self._tokens(prompt), p) for prompt, p in zip(prompts, each, strict=True)]
+        for request in requests:
+            self.engine.check(request)
+        return requests
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if self.tokenizer is None:
+            raise InvalidRequest("a prompt is a text, and there is no tokenizer; give tokens", "prompt")
+        return tuple(self.tokenizer(prompt).input_ids)
+
+
+def make_config(**options: Any) -> EngineConfig:
+    """Return an `EngineConfig` from its own fields and those of `CacheConfig` (all but `max_tokens`).
+
+    Raises:
+        ConfigError: A name is unknown, or a value makes no sense.
+    """
+    cache_names = {f.name for f in fields(CacheConfig)} - {"max_tokens"}
+    names = {f.name for f in fields(EngineConfig)} - {"cache"} | cache_names
+    unknown = sorted(set(options) - names)
+    if unknown:
+        raise ConfigError(f"there is no option {', '.join(unknown)}; there are {', '.join(sorted(names))}")
+    if isinstance(options.get("max_bytes"), str):
+        options["max_bytes"] = parse_bytes(options["max_bytes"])
+    cache = CacheConfig(**{name: value for name, value in options.items() if name in cache_names})
+    return EngineConfig(cache=cache, **{name: value for name, value in options.items() if name not in cache_names})
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+
+
+def _collect(answers: dict[int, SequenceUpdate], update: SequenceUpdate) -> None:
+    if update.index in answers:
+        answers[update.index].append(update)
+    else:
+        answers[update.index] = update
+
+
+def _output(request: Request, answers: dict[int, SequenceUpdate]) -> RequestOutput:
+    return RequestOutput(
+        request.prompt_token_ids,
+        tuple(
+            AnswerOutput(
+                update.text,
+                tuple(update.token_ids),
+                update.finish_reason or FinishReason.ABORT,
+                update.stop_reason,
+                tuple(update.logprobs),
+                update.error,
+            )
+            for _, update in sorted(answers.items())
+        ),
+    )

@@ -1,0 +1,270 @@
+"""Who computes how many tokens in a step.
+
+    waiting ──admit──▶ running ──finish──▶ gone
+       ▲                  │
+       └────preempt───────┘        its slot goes back; its tokens are computed again later
+
+Guarantees
+  * Every decision about room is made in pages, before anything is mapped.
+  * Order is priority, then arrival. Decoding sequences go first in a step; what is left of the token budget goes to
+    prompts, in that order.
+  * Progress: the first of the running sequences is never preempted, and a sequence that could not run with all memory
+    for itself is not accepted (engine.py). So the first one always computes, ends, and makes the next one first.
+
+Assumes: one thread.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.request import Rank, Sequence
+from vmem_kv.errors import DriverError
+from vmem_kv.growth import SlotId
+
+HEADROOM_TOKENS = 32
+"""Beside others, a sequence starts only where it and they can also grow by so much: else one that starts would soon
+be preempted, and all of its work lost. A trade: more of it leaves memory unused under pressure."""
+
+
+class Chunk(NamedTuple):
+    """The next tokens of one sequence: its prompt's, or the one that was sampled last."""
+
+    sequence: Sequence
+    slot_id: SlotId
+    first_token: int  # position of the first one
+    n_tokens: int
+
+    @property
+    def end(self) -> int:
+        """The sequence's length in the slot after the step."""
+        return self.first_token + self.n_tokens
+
+    @property
+    def gives_token(self) -> bool:
+        """Whether the sequence's next token can be sampled after this chunk."""
+        return self.end == len(self.sequence.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one step computes. No two chunks are of the same sequence."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the step."""
+        return sum(chunk.n_tokens for chunk in self.chunks)
+
+    @property
+    def lengths(self) -> dict[SlotId, int]:
+        """What each slot must hold."""
+        return {chunk.slot_id: chunk.end for chunk in self.chunks}
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened so far."""
+
+    n_admitted: int = 0
+    n_preempted: int = 0
+    n_recomputed_tokens: int = 0
+    """Tokens whose K and V were given up in preemptions."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Sequences by rank; those that left are passed over."""
+
+    heap: list[tuple[Rank, Sequence]] = field(default_factory=list)
+    members: set[Sequence] = field(default_factory=set)
+
+    def push(self, sequence: Sequence) -> None:
+        self.members.add(sequence)
+        heapq.heappush(self.heap, (sequence.rank, sequence))
+
+    def first(self) -> Sequence | None:
+        while self.heap and self.heap[0][1] not in self.members:
+            heapq.heappop(self.heap)
+        return self.heap[0][1] if self.heap else None
+
+
+class Scheduler:
+    """The queue, the running sequences, and the choice among them.
+
+    Args:
+        memory: Where the slots are.
+        max_num_seqs: The most sequences that run together.
+        max_batch_tokens: The most tokens of a step.
+        forget: Told of every preempted sequence: whatever else is kept of it beside its slot is void.
+    """
+
+    def __init__(
+        self, memory: SlotMemory, max_num_seqs: int, max_batch_tokens: int, forget: Callable[[Sequence], None]
+    ) -> None:
+        self._forget = forget
+        self._memory = memory
+        self._max_num_seqs = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
+        self._waiting = _Waiting()
+        self._running: dict[Rank, Sequence] = {}
+        self.counts = Counts()
+        self.failed: list[tuple[Sequence, DriverError]] = []
+        """Sequences that no slot could be prepared for, because the driver failed. The engine answers them."""
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences that have no slot."""
+        return len(self._waiting.members)
+
+    @property
+    def n_running(self) -> int:
+        """Sequences that have one."""
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._running or self._waiting.members)
+
+    def running(self) -> list[Sequence]:
+        """The running sequences, first ones first."""
+        return [self._running[rank] for rank in sorted(self._running)]
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self._waiting.push(sequence)
+
+    def remove(self, sequences: list[Sequence]) -> None:
+        """End sequences, wherever they are. Their slots go back at once."""
+        slot_ids = [s.slot_id for s in sequences if s.slot_id is not None]
+        for sequence in sequences:
+            self._waiting.members.discard(sequence)
+            self._running.pop(sequence.rank, None)
+            sequence.slot_id = None
+        if slot_ids:
+            self._memory.retire(slot_ids)
+
+    def schedule(self, *, may_admit: bool = True) -> StepPlan:
+        """Choose the next step's tokens, so that their pages can be mapped.
+
+        Args:
+            may_admit: Whether waiting sequences may start.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+        running = self.running()
+        plan, n_left = self._share_out(running)
+        was_preempted = False
+        while len(running) > 1 and not self._has_room(plan):
+            self.preempt(running.pop())
+            was_preempted = True
+            plan, n_left = self._share_out(running)
+        if was_preempted or not may_admit:
+            return plan
+        return StepPlan((*plan.chunks, *self._admit(running, n_left)))
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's slot; it waits, at its old rank, to be computed again."""
+        assert sequence.slot_id is not None
+        self.counts.n_preempted += 1
+        self.counts.n_recomputed_tokens += sequence.n_computed
+        sequence.n_preemptions += 1
+        sequence.n_computed = 0
+        self.remove([sequence])
+        self._forget(sequence)
+        self._waiting.push(sequence)
+
+    def relieve(self) -> bool:
+        """Make room for a plan that turned out not to fit (of mappings nobody can say beforehand).
+
+        Schedule without admitting then, or the same sequence could start again and again.
+
+        Returns:
+            Whether there was anybody to preempt beside the first.
+        """
+        running = self.running()
+        if len(running) < 2:
+            return False
+        self.preempt(running[-1])
+        return True
+
+    def _start(self, sequence: Sequence, n_promised: int) -> None:
+        """Give a slot to a sequence that fits beside `n_promised` pages."""
+        memory = self._memory
+        length, domain = sequence.max_length, sequence.request.domain
+        following = self._waiting.first()
+        n_wanted = 0 if following is None else memory.n_pages(_comfortable_length(following))
+        sequence.slot_id = memory.acquire(length, domain)
+        n_left = memory.n_available_pages() - n_promised - memory.n_missing_pages(_comfortable(sequence))
+        n_excess = memory.n_mapped_pages(sequence.slot_id) - memory.n_pages(_comfortable_length(sequence))
+        if n_left < n_wanted and n_excess > 0:
+            # A warm slot with more pages than its new owner needs, which others do need: take a cold one instead.
+            memory.retire([sequence.slot_id])
+            memory.reclaim()
+            sequence.slot_id = memory.acquire(length, domain)
+        self._running[sequence.rank] = sequence
+        self.counts.n_admitted += 1
+
+    def _share_out(self, running: list[Sequence]) -> tuple[StepPlan, int]:
+        """Share out the token budget among the running; return the plan and what is left."""
+        n_left = self._max_batch_tokens
+        decoding = [s for s in running if s.n_to_compute == 1]
+        chunks = [_chunk(sequence, 1) for sequence in decoding]
+        n_left -= len(chunks)
+        for sequence in running:
+            if sequence.n_to_compute > 1 and n_left > 0:
+                chunks.append(_chunk(sequence, min(sequence.n_to_compute, n_left)))
+                n_left -= chunks[-1].n_tokens
+        return StepPlan(tuple(chunks)), n_left
+
+    def _has_room(self, plan: StepPlan) -> bool:
+        n_missing = self._memory.n_missing_pages(plan.lengths)
+        return not n_missing or n_missing <= self._memory.n_available_pages()
+
+    def _admit(self, running: list[Sequence], n_left: int) -> list[Chunk]:
+        """Start waiting sequences, in order, as long as the first of them fits."""
+        chunks: list[Chunk] = []
+        if n_left <= 0 or len(running) >= self._max_num_seqs or self._waiting.first() is None:
+            return chunks
+        memory = self._memory
+        n_promised = memory.n_missing_pages(_comfortable(*running))
+        while n_left > 0 and len(self._running) < self._max_num_seqs:
+            sequence = self._waiting.first()
+            if sequence is None:
+                break
+            n_pages = memory.n_pages(_comfortable_length(sequence))
+            if self._running and n_promised + n_pages > memory.n_available_pages():
+                break
+            self._waiting.members.discard(sequence)
+            try:
+                self._start(sequence, n_promised)
+            except DriverError as error:
+                if error.is_fatal:
+                    raise
+                self.failed.append((sequence, error))
+                continue
+            n_promised += memory.n_missing_pages(_comfortable(sequence))
+            chunks.append(_chunk(sequence, min(sequence.n_to_compute, n_left)))
+            n_left -= chunks[-1].n_tokens
+        return chunks
+
+
+def _chunk(sequence: Sequence, n_tokens: int) -> Chunk:
+    assert sequence.slot_id is not None
+    return Chunk(sequence, sequence.slot_id, sequence.n_computed, n_tokens)
+
+
+def _comfortable(*sequences: Sequence) -> dict[SlotId, int]:
+    """What running sequences need to go on for a while."""
+    return {s.slot_id: _comfortable_length(s) for s in sequences if s.slot_id is not None}
+
+
+def _comfortable_length(sequence: Sequence) -> int:
+    return min(len(sequence.token_ids) + HEADROOM_TOKENS, sequence.max_length)

@@ -1,0 +1,178 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+import vmem_kv
+from vmem_kv.errors import RequestError
+from vmem_kv.server.body import ClientGone, read_model
+from vmem_kv.server.chat import chat
+from vmem_kv.server.completions import complete
+from vmem_kv.server.dashboard import History, dashboard_data, dashboard_page
+from vmem_kv.server.errors import SERVER, ApiError, from_engine
+from vmem_kv.server.gate import Gate
+from vmem_kv.server.readiness import readiness
+from vmem_kv.server.schemas import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk
+from vmem_kv.server.service import Service
+
+_BODIES: tuple[type[BaseModel], ...] = (ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk)
+
+
+def build_app(service: Service, history: History) -> ASGIApp:
+    """Return the ASGI application that serves a model.
+
+    Args:
+        service: What it serves, and by which rules.
+        history: What the dashboard shows of the past.
+    """
+    app = FastAPI(
+        title="vmem_kv",
+        version=vmem_kv.__version__,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_generation(app, service)
+    _add_operation(app, service, history)
+    _add_errors(app)
+    _describe_bodies(app)
+    return Gate(app, service)
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", openapi_extra=_takes(CompletionAsk))
+    async def completions(request: Request) -> Response:
+        """Continue prompts. With `stream`, as server-sent events."""
+        return await complete(service, request)
+
+    @app.post("/v1/chat/completions", openapi_extra=_takes(ChatAsk))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation. With `stream`, as server-sent events."""
+        return await chat(service, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the one model."""
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """Describe a model."""
+        service.check_model(name)
+        return _model(service)
+
+    @app.post("/tokenize", openapi_extra=_takes(TokenizeAsk))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        """Return the tokens of a prompt or of messages."""
+        ask = await read_model(request, TokenizeAsk, service.limits)
+        service.check_model(ask.model)
+        if ask.messages is not None:
+            tokens = await service.codec.encode_chat(ask.messages)
+        else:
+            tokens = await service.codec.encode(ask.prompt or "", add_special_tokens=ask.add_special_tokens)
+        return {"tokens": list(tokens), "count": len(tokens), "max_model_len": service.codec.max_model_len}
+
+    @app.post("/detokenize", openapi_extra=_takes(DetokenizeAsk))
+    async def detokenize(request: Request) -> dict[str, Any]:
+        """Return the text of tokens."""
+        ask = await read_model(request, DetokenizeAsk, service.limits)
+        service.check_model(ask.model)
+        return {"prompt": await service.codec.decode(ask.tokens)}
+
+
+def _add_operation(app: FastAPI, service: Service, history: History) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the engine's thread lives."""
+        is_alive = service.engine.health().is_alive
+        return JSONResponse({"status": "ok" if is_alive else "dead"}, 200 if is_alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether new requests are taken on and computed."""
+        state = readiness(service.engine, service.limits.silent_s)
+        return JSONResponse(state.as_data(), 200 if state.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Numbers for Prometheus."""
+        text = await asyncio.to_thread(service.metrics.render)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/dashboard")
+    async def dashboard() -> Response:
+        """Show the slots and their memory, live."""
+        return dashboard_page()
+
+    @app.get("/dashboard/data")
+    async def data() -> JSONResponse:
+        """Return what the dashboard shows."""
+        return JSONResponse(await asyncio.to_thread(dashboard_data, service, history))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def on_api_error(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestError)
+    async def on_refusal(_: Request, error: RequestError) -> JSONResponse:
+        return from_engine(error, "prompt").response()
+
+    @app.exception_handler(ClientGone)
+    async def on_client_gone(_: Request, __: ClientGone) -> Response:
+        return Response(status_code=499)  # for the log: nobody reads it
+
+    @app.exception_handler(Exception)
+    async def on_bug(_: Request, __: Exception) -> JSONResponse:
+        return ApiError(500, "The server failed to handle this request.", kind=SERVER).response()
+
+    @app.exception_handler(HTTPException)
+    async def on_no_route(request: Request, error: HTTPException) -> JSONResponse:
+        path = "".join(c if c.isascii() and c.isprintable() else "?" for c in request.url.path[:100])
+        method = "".join(c for c in request.method[:16] if c.isalpha())
+        if error.status_code == 405:
+            text, code = f"Invalid method for URL ({method} {path})", "method_not_supported"
+            return ApiError(405, text, code=code, headers=error.headers).response()
+        return ApiError(error.status_code, f"Invalid URL ({method} {path})").response()
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created_s,
+        "owned_by": "vmem_kv",
+        "max_model_len": service.codec.max_model_len,
+    }
+
+
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """Describe a body that the route reads itself, by its own strict rules."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Add the bodies' schemas to the OpenAPI document."""
+    describe_routes = app.openapi
+
+    def describe() -> dict[str, Any]:
+        document = describe_routes()
+        _, bodies = models_json_schema(
+            [(kind, "validation") for kind in _BODIES], ref_template="#/components/schemas/{model}"
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        return document
+
+    app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way to extend the document

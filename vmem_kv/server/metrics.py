@@ -1,0 +1,129 @@
+"""What is counted, and how Prometheus reads it. Labels have few values, and none that a client chooses.
+
+Guarantees: the engine's numbers are those of one snapshot, taken when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vmem_kv.engine.async_engine import AsyncEngine, Health
+from vmem_kv.engine.engine import EngineStats
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """The server's own counters, and the engine's snapshot.
+
+    Args:
+        engine: Whose snapshot is read.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.responses = Counter(
+            "vmem_kv_http_responses", "Responses, by route and status.", ("route", "status"), registry=registry
+        )
+        self.first_token_s = Histogram(
+            "vmem_kv_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.between_tokens_s = Histogram(
+            "vmem_kv_time_per_token_seconds",
+            "Time between the tokens of an answer, on average over the answer.",
+            buckets=(0.001, 0.0025, *_SECONDS[:9]),
+            registry=registry,
+        )
+        self.request_s = Histogram(
+            "vmem_kv_request_seconds", "From arrival to the last byte.", buckets=_SECONDS, registry=registry
+        )
+        self.ended_early = Counter(
+            "vmem_kv_requests_ended_early",
+            "Requests that ended before their answer did, by cause.",
+            ("cause",),
+            registry=registry,
+        )
+        self.n_open = 0
+        """HTTP requests whose response is not complete."""
+        open_requests = Gauge("vmem_kv_http_open_requests", "Responses that are not complete.", registry=registry)
+        open_requests.set_function(lambda: self.n_open)
+        self.recent_first_token_s: deque[float] = deque(maxlen=1_000)
+        """Times to first token that the dashboard has not taken yet."""
+        registry.register(_EngineCollector(engine))
+
+    def saw_first_token(self, seconds: float) -> None:
+        """Note how long a request's first token took."""
+        self.first_token_s.observe(seconds)
+        self.recent_first_token_s.append(seconds)
+
+    def render(self) -> bytes:
+        """Return the text that Prometheus reads."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Turns snapshots into metrics."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing in advance: registering must not take a snapshot."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Take a snapshot."""
+        yield from _engine_metrics(self._engine.snapshot(), self._engine.health(), self._engine.n_rejected)
+
+
+def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iterator[Metric]:
+    cache = stats.cache
+    gauges = {
+        "running_sequences": ("Sequences that have a slot.", stats.n_running),
+        "waiting_sequences": ("Sequences that wait for a slot.", stats.n_waiting),
+        "engine_alive": ("Whether the engine runs.", int(health.is_alive)),
+        "engine_silent_seconds": ("Since the engine last showed life.", health.silent_s),
+        "mapper_alive": ("Whether memory is mapped ahead in the background.", int(bool(health.is_mapper_alive))),
+        "draining": ("Whether nothing new is taken on.", int(health.is_draining)),
+        "page_bytes": ("Size of a page.", cache.page_bytes),
+        "pages_max": ("The pool's budget.", cache.max_pages),
+        "pages_peak": ("The most pages that the pool ever owned.", cache.n_peak_owned_pages),
+        "virtual_bytes": ("Addresses reserved.", cache.virtual_bytes),
+        "mapped_bytes": ("Physical memory under the slots.", cache.mapped_bytes),
+        "live_bytes": ("What the live tokens need.", cache.live_bytes),
+        "mappings": ("Live mappings.", cache.n_mappings),
+        "mappings_max": ("The limit on mappings.", cache.max_mappings),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"vmem_kv_{name}", text, value)
+    counters = {
+        "steps": ("Engine steps.", stats.n_steps),
+        "prompt_tokens": ("Prompt tokens computed.", stats.n_prompt_tokens),
+        "generated_tokens": ("Tokens sampled.", stats.n_generated_tokens),
+        "requests": ("Requests taken on.", stats.n_requests),
+        "requests_rejected": ("Requests refused because too many waited.", n_rejected),
+        "preemptions": ("Times that a sequence lost its slot.", stats.n_preempted),
+        "recomputed_tokens": ("Tokens given up by preemptions.", stats.n_recomputed_tokens),
+    }
+    for name, (text, number) in counters.items():
+        yield CounterMetricFamily(f"vmem_kv_{name}", text, number)
+    pages = GaugeMetricFamily("vmem_kv_pages", "Pages by state.", labels=("state",))
+    for state in ("free", "in_flight", "live", "warm", "pending", "elsewhere", "quarantined"):
+        pages.add_metric([state], getattr(cache, f"n_{state}_pages"))
+    yield pages
+    finished = CounterMetricFamily("vmem_kv_answers_finished", "Answers that ended, by reason.", labels=("reason",))
+    for reason, n in stats.n_finished.items():
+        finished.add_metric([reason], n)
+    yield finished
+    calls = CounterMetricFamily("vmem_kv_driver_calls", "Driver calls, by operation.", labels=("operation",))
+    for operation, n in cache.driver_calls.items():
+        calls.add_metric([operation], n)
+    yield calls

@@ -1,0 +1,80 @@
+"""uvicorn's HTTP/1.1 protocol, with deadlines for clients that send or read too slowly.
+
+Guarantees: a connection that has not sent a whole request head in time is closed, and so is one whose reader leaves
+the send buffer full for too long. What is no HTTP gets an error in the form of all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vmem_kv.server.limits import Limits
+from vmem_kv.server.log import note
+
+_BAD_REQUEST = b'{"error":{"message":"Invalid HTTP request.","type":"invalid_request_error","param":null,"code":null}}'
+
+
+def protocol_with(limits: Limits) -> type[asyncio.Protocol]:
+    """Return the protocol with these deadlines, as uvicorn takes it: a class."""
+
+    class Protocol(H11Protocol):
+        """One connection."""
+
+        _head_timer: asyncio.TimerHandle | None = None
+        _send_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._head_timer = self.loop.call_later(limits.head_timeout_s, self._cut, "head_timeout")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            _cancel(self._head_timer)
+            _cancel(self._send_timer)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            super().data_received(data)
+            if self.cycle is not before:  # a head is complete
+                _cancel(self._head_timer)
+                self._head_timer = None
+            elif self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+                self._head_timer = self.loop.call_later(limits.head_timeout_s, self._cut, "head_timeout")
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._send_timer = self.loop.call_later(limits.send_timeout_s, self._cut, "slow_reader")
+
+        def resume_writing(self) -> None:
+            _cancel(self._send_timer)
+            super().resume_writing()
+
+        def send_400_response(self, msg: str) -> None:
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(_BAD_REQUEST)).encode()),
+                (b"connection", b"close"),
+            ]
+            events: tuple[Any, ...] = (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=_BAD_REQUEST),
+                h11.EndOfMessage(),
+            )
+            for event in events:
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
+
+        def _cut(self, cause: str) -> None:
+            note("connection cut", cause=cause)
+            self.transport.abort()
+
+    return Protocol
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

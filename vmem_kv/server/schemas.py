@@ -1,0 +1,301 @@
+"""What clients may send, field by field. Types are strict, bounds are stated, and anything else is refused.
+
+Guarantees: whatever passes is bounded in every dimension, before a token of it is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from vmem_kv.engine.sampling_params import (
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_TOKENS,
+    SamplingParams,
+)
+from vmem_kv.server.errors import UNSUPPORTED, invalid
+
+INT64_MAX = 2**63 - 1
+MAX_COMPLETION_LOGPROBS = 5
+MAX_MESSAGES = 2_048
+MAX_NAME = 256
+MAX_STOP_TEXTS = 4
+
+
+def _kind(value: object) -> str:
+    """Name a value's JSON type, as the tags of unions below do. Of arrays, the first item decides."""
+    if isinstance(value, str):
+        return "<string>"
+    if not isinstance(value, list):
+        return "<other>"
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "<array of token arrays>"
+    return "<array of tokens>" if isinstance(first, (int, float)) else "<array of strings>"
+
+
+def _string_or_array(value: object) -> str:
+    return "<string>" if isinstance(value, str) else "<array>" if isinstance(value, list) else "<other>"
+
+
+Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field()]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Annotated[
+    Annotated[Text, Tag("<string>")]
+    | Annotated[list[Text], Field(min_length=1), Tag("<array of strings>")]
+    | Annotated[Tokens, Tag("<array of tokens>")]
+    | Annotated[list[Tokens], Tag("<array of token arrays>")],
+    Discriminator(_kind),
+]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[
+    Annotated[StopText, Tag("<string>")] | Annotated[list[StopText], Field(max_length=MAX_STOP_TEXTS), Tag("<array>")],
+    Discriminator(_string_or_array),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, data: object) -> object:
+        """Drop what others offer and this client did not ask for: null says so."""
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if v is not None or (k not in UNSUPPORTED or k in cls.model_fields)}
+
+
+class StreamOptions(_Strict):
+    """Of an event stream."""
+
+    include_usage: bool = False
+
+
+class Asking(_Strict):
+    """What both endpoints take."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME)]
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    logit_bias: dict[str, Any] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=INT64_MAX)] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    metadata: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    ] | None = None  # fmt: skip
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_biases(cls, biases: dict[str, Any] | None) -> dict[int, float] | None:
+        if biases is None:
+            return None
+        if len(biases) > MAX_BIASES:
+            raise invalid(f"Invalid 'logit_bias': at most {MAX_BIASES} tokens are accepted.", "logit_bias")
+        for key, bias in biases.items():
+            is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+            if not (key.isascii() and key.isdigit() and len(key) < 20) or not is_number or not -100 <= bias <= 100:
+                text = "Invalid 'logit_bias': expected token ids with biases from -100 to 100."
+                raise invalid(text, "logit_bias")
+        return {int(key): float(bias) for key, bias in biases.items()}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Asking:
+        if self.stream_options is not None and not self.stream:
+            text = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+            raise invalid(text, "stream_options")
+        if self.min_tokens and self.max_new_tokens is None:
+            raise invalid("Invalid 'min_tokens': it needs a maximum, and none was given.", "min_tokens")
+        if self.min_tokens and self.min_tokens > (self.max_new_tokens or 0):
+            raise invalid("Invalid 'min_tokens': it is above the maximum of tokens.", "min_tokens")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The most tokens of an answer; None for as many as fit."""
+        raise NotImplementedError
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many likeliest tokens to report beside each chosen one; None for no log probabilities."""
+        raise NotImplementedError
+
+    def sampling_params(self) -> SamplingParams:
+        """Return what the engine is to do."""
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given = {
+            "n": self.n,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "min_tokens": self.min_tokens,
+        }
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            seed=self.seed,
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            include_stop=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.n_logprobs,
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+
+class CompletionAsk(Asking):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Any = None
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionAsk:
+        if self.best_of is not None and (isinstance(self.best_of, bool) or self.best_of != (self.n or 1)):
+            raise invalid("Invalid 'best_of': only the value of 'n' is supported.", "best_of")
+        if self.echo and self.logprobs is not None:
+            text = "Unsupported value: 'echo' cannot be combined with 'logprobs'."
+            raise invalid(text, "echo", "unsupported_value")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return each prompt, as text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class TextPart(_Strict):
+    """Part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES), Tag("<array>")],
+    Discriminator(_string_or_array),
+]
+
+
+class Message(_Strict):
+    """One turn. What a client sends back of our answers (refusal: null) is accepted."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[str, Field(max_length=64)] | None = None
+    refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_more_nulls(cls, data: object) -> object:
+        optional = ("tool_calls", "annotations", "audio", "function_call")
+        return {k: v for k, v in data.items() if v or k not in optional} if isinstance(data, dict) else data
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatAsk(Asking):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatAsk:
+        if self.tools == []:
+            text = "empty array. Expected an array with minimum length 1, but got an empty array instead."
+            raise invalid(f"Invalid 'tools': {text}", "tools", "empty_array")
+        if self.tools is not None:
+            text = "Unsupported parameter: 'tools' is not supported here."
+            raise invalid(text, "tools", "unsupported_parameter")
+        if self.tool_choice is not None:
+            raise invalid("'tool_choice' is only allowed when 'tools' are specified.", "tool_choice", None)
+        if self.response_format is not None and self.response_format != {"type": "text"}:
+            text = "Unsupported parameter: 'response_format' is supported with the type 'text' only."
+            raise invalid(text, "response_format", "unsupported_parameter")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            text = "Setting 'max_tokens' and 'max_completion_tokens' at the same time is not supported."
+            raise invalid(text, "max_completion_tokens")
+        if self.top_logprobs is not None and not self.logprobs:
+            text = "Invalid 'top_logprobs': 'logprobs' must be true to use it."
+            raise invalid(text, "top_logprobs")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeAsk(_Strict):
+    """POST /tokenize: a prompt or messages."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeAsk:
+        if (self.prompt is None) == (self.messages is None):
+            text = "Missing required parameter: give either 'prompt' or 'messages'."
+            raise invalid(text, "prompt", "missing_required_parameter")
+        return self
+
+
+class DetokenizeAsk(_Strict):
+    """POST /detokenize."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    tokens: list[TokenId]

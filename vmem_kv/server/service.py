@@ -1,0 +1,74 @@
+"""What all routes share, built once: the engine with its text, and the rules."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from time import monotonic, time
+
+from vmem_kv.engine.async_engine import AnswerStream, AsyncEngine
+from vmem_kv.engine.request import new_request_id
+from vmem_kv.server.auth import Hosts, Keys
+from vmem_kv.server.errors import ApiError
+from vmem_kv.server.limits import Limits
+from vmem_kv.server.metrics import Metrics
+from vmem_kv.server.text import TextCodec
+
+
+@dataclass(slots=True)
+class Record:
+    """One HTTP request, for the log and the metrics.
+
+    Attributes:
+        request_id: Ours; what a client sends as such is ignored.
+        domain: Whose it is; see `auth.Keys`.
+        arrived_s: On `time.monotonic`'s clock.
+        n_prompt_tokens: Of all its prompts.
+        n_generated_tokens: Of all its answers so far.
+        ended_early: Why it ended before its answer did; empty where it did not.
+    """
+
+    request_id: str = field(default_factory=lambda: f"req_{new_request_id()}")
+    domain: str = ""
+    arrived_s: float = field(default_factory=monotonic)
+    n_prompt_tokens: int = 0
+    n_generated_tokens: int = 0
+    ended_early: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A served model.
+
+    Attributes:
+        engine: Started; whoever built it stops it.
+        codec: The model's text.
+        model_name: What clients call it.
+        limits: What they may ask.
+        keys: Who may ask.
+        hosts: By which names.
+        metrics: What is counted.
+        streams: Those that are being read.
+        created_s: When it began to serve, as OpenAI's models have it.
+    """
+
+    engine: AsyncEngine
+    codec: TextCodec
+    model_name: str
+    limits: Limits
+    keys: Keys
+    hosts: Hosts
+    metrics: Metrics
+    streams: set[AnswerStream] = field(default_factory=set)
+    created_s: int = field(default_factory=lambda: int(time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Check that a client means this model. None means: whichever there is.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name is not None and name != self.model_name:
+            shown = re.sub(r"[^\w./:-]", "?", name[:64], flags=re.ASCII)
+            text = f"The model `{shown}` does not exist or you do not have access to it."
+            raise ApiError(404, text, code="model_not_found")

@@ -1,0 +1,84 @@
+"""From a model in memory to a server that runs until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging.config
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import asdict
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import vmem_kv
+from vmem_kv.engine.async_engine import AsyncEngine
+from vmem_kv.engine.config import EngineConfig
+from vmem_kv.engine.engine import Engine
+from vmem_kv.errors import ConfigError
+from vmem_kv.server.auth import Hosts, Keys
+from vmem_kv.server.limits import Limits
+from vmem_kv.server.log import log_config, note
+from vmem_kv.server.metrics import Metrics
+from vmem_kv.server.run import Server
+from vmem_kv.server.service import Service
+from vmem_kv.server.text import TextCodec
+
+LEAST_TOKENS = 2
+"""A prompt of one, and an answer of one."""
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def serve_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EngineConfig,
+    *,
+    name: str,
+    limits: Limits,
+    keys: Keys,
+    hosts: Hosts,
+    listener: socket.socket,
+    log_level: str = "info",
+    on_started: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve a model in the main thread; return the process's exit code.
+
+    Args:
+        model: What to serve.
+        tokenizer: The model's.
+        config: How the engine runs.
+        name: What clients call the model.
+        limits: What clients may ask.
+        keys: Who may ask.
+        hosts: By which names.
+        listener: A socket from `run.bind`.
+        log_level: One of debug, info, warning, error.
+        on_started: Called once connections are accepted.
+
+    Raises:
+        ConfigError: The model cannot be served this way.
+    """
+    if log_level not in _LEVELS:
+        raise ConfigError(f"--log-level is {log_level!r}; choose one of {', '.join(_LEVELS)}")
+    inner = Engine(model, tokenizer, config)
+    if inner.max_tokens_alone < LEAST_TOKENS:
+        inner.close()
+        raise ConfigError(f"max_bytes is {config.cache.max_bytes}, which holds no sequence of {LEAST_TOKENS} tokens")
+    logging.config.dictConfig(log_config(log_level.upper()))
+    engine = AsyncEngine(inner)
+    codec = TextCodec(tokenizer, engine.engine.max_model_len)
+    service = Service(engine, codec, name, limits, keys, hosts, Metrics(engine))
+    note(
+        "starting",
+        version=vmem_kv.__version__,
+        pid=os.getpid(),
+        model=name,
+        layout=engine.engine.memory.choice.why,
+        max_model_len=engine.engine.max_model_len,
+        engine=asdict(config),
+        limits=asdict(limits),
+        has_keys=bool(keys),
+    )
+    engine.start()
+    return asyncio.run(Server(service, listener).run(on_started))

@@ -1,0 +1,133 @@
+"""From text to tokens, in a thread of its own, such that neither the event loop nor the engine waits for it.
+
+Guarantees: text is never longer here than what could fit the model. What users write in a conversation cannot forge a
+turn: a special token's text in a message is encoded as the characters that it is. Templates come from the model's
+folder only, and run in transformers' sandbox.
+Assumes: encoding happens in the one thread below only, because a tokenizer's settings change while it encodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from vmem_kv.server.errors import ApiError, invalid
+from vmem_kv.server.schemas import Message
+
+T = TypeVar("T")
+MAX_CHARACTERS_PER_TOKEN = 16
+"""Of a text that is worth encoding at all: ordinary text has 3 to 6."""
+
+
+class TextCodec:
+    """A model's tokenizer and chat template.
+
+    Args:
+        tokenizer: The model's.
+        max_model_len: The most tokens that the engine takes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self._max_characters = max_model_len * MAX_CHARACTERS_PER_TOKEN
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vmem_kv-text")
+        specials = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Return a prompt's tokens. Special tokens in it are special tokens.
+
+        Raises:
+            ApiError: The text is too long.
+        """
+        self._check_length(len(text), "prompt")
+        return await self._do("prompt", lambda: self._encode(text, add_special_tokens, split=False))
+
+    async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the tokens of a conversation, written as the model's template says, up to where its answer begins.
+
+        Raises:
+            ApiError: It is too long, there is no template, or the template refuses it.
+        """
+        self._check_length(sum(len(m.text) for m in messages), "messages")
+        if not self._tokenizer.chat_template:
+            text = "This model has no chat template; use /v1/completions."
+            raise invalid(text, "model", "unsupported_value")
+        return await self._do("messages", lambda: self._encode_chat(messages))
+
+    async def decode(self, token_ids: Sequence[int], param: str = "tokens") -> str:
+        """Return the text of tokens, which a client sent as `param`. Those that do not exist are refused.
+
+        Raises:
+            ApiError: A token does not exist.
+        """
+        n_tokens = len(self._tokenizer)
+        if any(not 0 <= t < n_tokens for t in token_ids):
+            raise invalid(f"Invalid '{param}': tokens are integers from 0 to {n_tokens - 1}.", param)
+        return await self._do(param, lambda: str(self._tokenizer.decode(list(token_ids))))
+
+    def token_text(self, token_id: int) -> str:
+        """Return what one token says, alone; part of a character is U+FFFD."""
+        return str(self._tokenizer.decode([token_id]))
+
+    def _encode(self, text: str, add_special_tokens: bool, split: bool) -> tuple[int, ...]:
+        encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=split)
+        return tuple(encoded.input_ids)
+
+    def _encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        nonce = secrets.token_hex(8)
+        hidden: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
+            return f"{nonce}{len(hidden) - 1:04d}"
+
+        turns = [
+            {
+                "role": "system" if m.role == "developer" else m.role,
+                "content": self._special.sub(hide, m.text),
+                **({} if m.name is None else {"name": m.name}),
+            }
+            for m in messages
+        ]
+        text = str(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        parts = re.split(rf"{nonce}(\d{{4,}})", text)
+        token_ids: list[int] = []
+        for i, part in enumerate(parts):
+            piece, is_hidden = (hidden[int(part)], True) if i % 2 else (part, False)
+            if piece:
+                token_ids += self._encode(piece, False, is_hidden)
+        return tuple(token_ids)
+
+    def _check_length(self, n_characters: int, param: str) -> None:
+        if n_characters > self._max_characters:
+            raise invalid(
+                f"This model's maximum context length is {self.max_model_len} tokens, and {n_characters} characters "
+                f"cannot fit; at most {self._max_characters} are accepted.",
+                param,
+                "context_length_exceeded",
+            )
+
+    async def _do(self, param: str, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except TemplateError:
+            text = f"Invalid '{param}': the model's chat template does not accept this conversation."
+            raise invalid(text, param) from None
+        except ApiError:
+            raise
+        except Exception as error:  # whatever a tokenizer raises is the input's fault, and no reason to end
+            text = f"Invalid '{param}': the tokenizer refuses it ({type(error).__name__})."
+            raise invalid(text, param) from None
