@@ -357,7 +357,7 @@ def test_a_pool_larger_than_the_machine_is_refused(tmp_path: Path, monkeypatch: 
     n_most = int((1 << 20) * 0.9) // PAGE
     assert PagePool(driver, PAGE).max_pages == n_most
     assert PagePool(driver, PAGE, n_most).max_pages == n_most
-    with pytest.raises(ConfigError, match="machine and cgroup"):
+    with pytest.raises(ConfigError, match="are available on cpu, of which 90%"):
         PagePool(driver, PAGE, n_most + 1)
     driver.close()
 

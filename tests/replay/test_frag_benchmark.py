@@ -20,11 +20,9 @@ RESULTS = Path(frag.__file__).parent / "results"
 FROM_A_CHANGED_CHECKOUT = {
     # Results from before programs refused this. Their commit is the one that was being changed.
     "allocator-cpu.json": "written by another program, which does not refuse",
-    "frag-main.json": "from before this check, and from before driver calls were counted by page",
     "frag-mooncake-first-fit.json": "from before this check; only shares of memory and batches are quoted",
     "frag-mooncake-whole.json": "from before this check; only shares of memory and batches are quoted",
     "frag-others.json": "from before this check; only shares of memory and batches are quoted",
-    "frag-recorded.json": "from before this check, and from before driver calls were counted by page",
 }
 
 
