@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import mmap
 import shutil
 
@@ -12,7 +11,7 @@ from vmem_kv.driver.host import HostDriver
 from vmem_kv.driver.host_mapper import find_native_library
 from vmem_kv.driver.ledger import Ledger
 from vmem_kv.errors import ConfigError
-from vmem_kv.testing.emulator import Emulator, load_emulator
+from vmem_kv.testing.emulator import NOTHING, Emulator, load_emulator
 
 BACKENDS = ("python", "native", "cuda")
 
@@ -33,12 +32,15 @@ def physical_bytes(driver: Driver) -> int:
     return driver.info.memory_bytes - driver.available_bytes()
 
 
-@functools.cache
 def emulated_device() -> Emulator:
-    """The emulated device of this process, with pages as small as the host's so that the same tests fit both."""
+    """The emulated device of this process, with pages as small as the host's so that the same tests fit both.
+
+    Other tests of the same process may have left it as they wanted it; while it is in use it stays as it is.
+    """
     emulator = load_emulator()
-    emulator.reset()
-    emulator.set_granularity(mmap.PAGESIZE)
+    if emulator.live() == NOTHING:
+        emulator.reset(force=True)
+        emulator.set_granularity(mmap.PAGESIZE)
     return emulator
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from vmem_kv.driver.host import HostDriver
+from vmem_kv.testing.emulator import load_emulator
 
-from .backends import BACKENDS, emulated_device, require_native
+from .backends import BACKENDS, require_native
 from .bench import PAGE, Bench, OpenBench
 
 
@@ -28,7 +29,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """
     yield str(request.param)
     if request.param == "cuda":
-        device = emulated_device()
+        device = load_emulator()
         violations = device.violations()
         device.reset(force=True)
         device.set_granularity(PAGE)
