@@ -1,7 +1,6 @@
 """The benchmark programs run, in their smallest setting, and write the JSON that readers rely on. No times are read."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from transformers import StaticCache
 from benchmarks import allocator, generate
 from benchmarks.records import Spread, Target
 from benchmarks.systems import ATTENTIONS, CACHES, TINY, Bench
+
+from .held import open_files
 
 TINY_RUN = ["--model", TINY, "--contexts", "36", "128", "--batches", "2", "--steps", "4", "--rounds", "2"]
 
@@ -102,9 +103,9 @@ def test_generate_refuses_a_context_shorter_than_its_steps() -> None:
 
 def test_allocator(tmp_path: Path) -> None:
     out = tmp_path / "allocator.json"
-    n_open = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     allocator.main(["--rounds", "1", "--page-sizes", "4096", "--json", str(out)])
-    assert len(os.listdir("/proc/self/fd")) == n_open
+    assert not open_files() - before
     record = read(out)
     assert record["program"] == "allocator"
     paths = allocator.available_paths()

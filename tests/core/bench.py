@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
-import os
-import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.checked import CheckedDriver
@@ -120,19 +117,6 @@ class Bench:
         assert self.physical_bytes() == n_lost * self.pool.page_bytes
         assert self.pool.n_mappings == 0
         self.device.close()
-
-
-class Baseline(NamedTuple):
-    """What a process holds that a leak would add to."""
-
-    n_files: int
-    n_threads: int
-
-    @classmethod
-    def now(cls) -> Baseline:
-        """Count now."""
-        gc.collect()
-        return cls(len(os.listdir("/proc/self/fd")), threading.active_count())
 
 
 def books(cache: KVCache) -> dict[str, Any]:

@@ -11,10 +11,7 @@ is left.
 from __future__ import annotations
 
 import ctypes
-import gc
 import hashlib
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -44,6 +41,7 @@ from vmem_kv.testing import (
 from vmem_kv.testing.operations import ROWS
 
 from ..core.bench import books
+from ..held import Held
 from .drivers import physical_bytes
 
 T = TypeVar("T")
@@ -598,8 +596,7 @@ def sweep(
     for scenario in scenarios:
         calm = live(device, no_faults, scenario, kind, rows=rows, keep_freed=keep_freed)
         assert calm.n_failed_calls == 0
-        gc.collect()  # what tests before this one left behind must not go in the middle
-        baseline = open_files_and_threads()
+        baseline = Held.now()
         for name in plans:
             for n in range(1, calm.faulty.n_points + 1):
                 if not only(calm, name, n):
@@ -608,7 +605,7 @@ def sweep(
                     story = live(device, makers[name](n), scenario, kind, rows=rows, keep_freed=keep_freed)
                     assert story.faulty.faults, "the point was not reached"
                     assert story.held == calm.held, "what the sequences hold differs from a life without faults"
-                    assert open_files_and_threads() == baseline
+                    assert not Held.now().beyond(baseline)
                 except BaseException as error:
                     where = f"{scenario.__name__}, {kind}, {rows} rows, keep_freed={keep_freed}, {name}, point {n}"
                     raise AssertionError(f"{where}: {error!r}") from error
@@ -619,8 +616,3 @@ def sweep(
         counts["points"] += calm.faulty.n_points
     assert physical_bytes(device) == 0
     return counts
-
-
-def open_files_and_threads() -> tuple[int, int]:
-    """What a leak would add to."""
-    return len(os.listdir("/proc/self/fd")), threading.active_count()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +16,9 @@ from vmem_kv.errors import CapacityError, DriverError
 from vmem_kv.testing import FaultyDriver, Plan, driver_error, fail_from, fail_once, natural_error, no_faults
 from vmem_kv.testing.adaptor import Adaptor
 
+from ..held import Held
 from .conftest import Record
 from .drivers import open_driver, physical_bytes
-from .sweeping import open_files_and_threads
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
@@ -109,8 +108,7 @@ def test_any_driver_call_of_generate_may_fail(driver_name: str, model: Any, reco
     assert calm.n_failed_calls == 0
     assert calm.left() == (0, 0, 0, 0)
     calm.device.close()
-    gc.collect()  # what tests before this one left behind must not go in the middle
-    baseline = open_files_and_threads()
+    baseline = Held.now()
     n_quarantined = 0
     for name, plan in PLANS.items():
         for n in range(1, calm.faulty.n_points + 1):
@@ -122,7 +120,7 @@ def test_any_driver_call_of_generate_may_fail(driver_name: str, model: Any, reco
             assert one.left() == (0, 0, lost, lost * 4096), where
             n_quarantined += lost
             one.device.close()
-            assert open_files_and_threads() == baseline, where
+            assert not Held.now().beyond(baseline), where
     record(
         f"generate of {N_NEW_TOKENS} tokens, {driver_name}: {calm.faulty.n_points} injection points, once and from "
         f"then on, tokens identical after every retry; {n_quarantined} pages quarantined"
