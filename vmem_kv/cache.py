@@ -1,16 +1,21 @@
 """The cache: one region, one table of slots, and the rules that keep them in step.
 
     acquire ─▶ ensure ─▶ ensure ─▶ ... ─▶ retire ─▶ (warm) ─▶ acquire again, or reclaim under pressure
+                  └▶ fork ─▶ another sequence over the same pages
 
 Guarantees
   * After any exception, KeyboardInterrupt included, sequences are as before the call: plan, take, map and commit come
     in this order, everything is undone on failure, and bookkeeping comes last and cannot fail. `check` holds then.
+    (Interrupted when all is done but pages that came free are still being given back, they are as after it.)
   * Running out of pages or mappings first reclaims warm slots (of every cache on the pool), then raises.
   * The lock is the pool's; it is never held across a driver call, a fence or the caller's code. A slot under a
     driver call is *busy*: another thread that needs it waits, others pass.
   * Nothing is unmapped before its fence has passed.
+  * A page that lies under two slots is full and behind both of their ends: nobody writes it. A sequence's next token
+    always goes to a page of its own.
 
-Assumptions: one thread steps a given sequence; any number of threads may work on different ones.
+Assumptions: one thread steps a given sequence; any number of threads may work on different ones. Between two calls a
+sequence's rows are written from its length before `ensure` to its length after it, and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,14 +23,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from vmem_kv.driver.base import PASSED, Fence
+from vmem_kv.driver.base import PASSED, Copy, Driver, Fence, Handle, Span
 from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError
-from vmem_kv.growth import GrowthPlan, SlotId, plan_growth
+from vmem_kv.growth import SlotId, plan_growth
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
-from vmem_kv.region import Region
+from vmem_kv.region import Region, Rewiring
 from vmem_kv.slots import SlotState, SlotTable
 from vmem_kv.stats import CacheStats, SlotStats
+from vmem_kv.units import ceil_div
 
 STALL_TIMEOUT_S = 60.0
 """How long a call waits for another thread's driver call on the same slot before it gives up."""
@@ -114,15 +120,16 @@ class KVCache:
     def ensure(self, lengths: Mapping[SlotId, int]) -> None:
         """Map what is missing so that each slot holds its length in tokens, then record the lengths.
 
-        A length may shrink; its pages stay mapped for the sequence to grow again.
+        A length may shrink; its pages stay mapped for the sequence to grow again. Below tokens that it shares with
+        another sequence only `truncate` takes it.
 
         Raises:
             OutOfPages: Pages are missing even after reclaiming. Nothing changed but warm slots that went cold.
             OutOfMappings: Likewise, for mappings.
             OutOfAddressSpace: A length exceeds the slot. Nothing changed.
             DriverError: A driver call failed and was undone. Nothing changed.
-            UsageError: A slot is not active, or a length is negative or lies before what `slide` gave up, or the cache
-                is closed. Nothing changed.
+            UsageError: A slot is not active, or a length is negative, lies before what `slide` gave up or within
+                shared pages, or the cache is closed. Nothing changed.
         """
         self.pool.require_owner()
         self._streams.add(self.pool.driver.current_stream())
@@ -135,7 +142,7 @@ class KVCache:
             except KeyError:
                 slots.require_active(lengths)
                 raise
-            if slots.first_token or min(lengths.values(), default=0) < 0:
+            if slots.first_token or self.region.shares or min(lengths.values(), default=0) < 0:
                 self._require_lengths(lengths)
             if not short:
                 slots.n_tokens.update(lengths)
@@ -188,6 +195,190 @@ class KVCache:
                 self._slides += [(slot_id, first_token, fence) for slot_id in giving]
         if giving:
             self._poll()
+
+    def fork(self, slot_id: SlotId, n_tokens: int | None = None) -> SlotId:
+        """Begin another sequence with the first `n_tokens` of this one (all of them by default), without copying them.
+
+        Pages that are full of them lie under both slots from now on; the rest of them, less than a page in each plane,
+        is copied in stream order. Both sequences go on as they like. The source must not slide meanwhile.
+
+        Raises:
+            OutOfSlots: No slot is free. Nothing changed.
+            CapacityError: Pages or mappings are missing even after reclaiming. Nothing changed but warm slots that
+                went cold.
+            DriverError: A driver call failed and was undone; a warm slot may have gone cold.
+            UsageError: The slot is not active or broken, or has not these tokens, or the cache is closed. Nothing
+                changed.
+        """
+        return self.fork_adjacent([slot_id], n_tokens)[0]
+
+    def fork_adjacent(self, sources: Sequence[SlotId], n_tokens: int | None = None) -> Sequence[SlotId]:
+        """Fork sequences into neighbouring slots, all of them or none. A source may be named often. See `fork`."""
+        self._require_open()
+        self._poll()
+        self._streams.add(self.pool.driver.current_stream())
+        with self._exclusive(sources):
+            with self.pool.lock:
+                slots = self._slots
+                lengths = self._forked_lengths(sources, n_tokens)
+                targets = slots.choose(len(sources), 0)
+                slots.busy.update(targets)
+            try:
+                for target in targets:
+                    if target in slots.warm:
+                        self._unmap_slot(target)
+                changes: list[Rewiring] = []
+                copies: list[Copy] = []
+                for source, target, length in zip(sources, targets, lengths, strict=True):
+                    changes += self._changes_of_fork(source, target, length)
+                    copies += self._tail_copies(source, target, length)
+
+                def commit() -> None:
+                    for source, target, length in zip(sources, targets, lengths, strict=True):
+                        slots.activate(target, self.region.token_capacity(target), slots.domain[source])
+                        slots.n_tokens[target] = length
+                        if source in slots.first_token:
+                            slots.first_token[target] = slots.first_token[source]
+
+                self._rewire(changes, lambda: self.pool.driver.copy(copies), commit)
+            finally:
+                with self.pool.lock:
+                    slots.break_(self.region.broken.intersection(targets))
+                self._unbusy(targets)
+        return targets
+
+    def truncate(self, slot_id: SlotId, n_tokens: int, fence: Fence | None = None) -> None:
+        """Give up the tokens from `n_tokens` on, also where they are shared with another sequence.
+
+        Without shared pages behind the new end this only takes note, and the pages stay for the sequence to grow
+        again. Else it waits for `fence` (without one: behind all launched so far, see `retire`), gives the slot a page
+        of its own where the new end lies and copies what is left in it.
+
+        Raises:
+            CapacityError: Pages are missing even after reclaiming. Nothing changed but warm slots that went cold.
+            DriverError: Undone. Where that failed as well the slot is broken and may have lost tokens: its length says
+                how many are left; retire it.
+            UsageError: The slot is not active or broken, or `n_tokens` is not between what slid and its length.
+                Nothing changed.
+        """
+        self._require_open()
+        with self._exclusive([slot_id]):
+            with self.pool.lock:
+                slots = self._slots
+                slots.require_active([slot_id])
+                self._require_whole([slot_id])
+                if not slots.first_token.get(slot_id, 0) <= n_tokens <= slots.n_tokens[slot_id]:
+                    raise UsageError(
+                        f"truncate to {n_tokens} tokens of a sequence that has {slots.n_tokens[slot_id]} (from "
+                        f"{slots.first_token.get(slot_id, 0)} on)"
+                    )
+                changes = self._changes_of_truncate(slot_id, n_tokens)
+                if not changes:
+                    slots.n_tokens[slot_id] = n_tokens
+                    return
+            (fence or self.fence()).wait()
+            driver = self.pool.driver
+            kept = [(address, bytearray(n_bytes)) for address, n_bytes in self._tails(slot_id, n_tokens, changes)]
+            for address, kept_bytes in kept:
+                driver.copy_to_host(address, memoryview(kept_bytes)).wait()
+
+            def commit() -> None:
+                slots.n_tokens[slot_id] = n_tokens
+                slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+
+            self._rewire(changes, lambda: _write(driver, kept), commit)
+
+    def share(self, sources: Mapping[SlotId, SlotId], n_tokens: int, fence: Fence | None = None) -> None:
+        """Let slots have the first `n_tokens` of other slots, by the same pages: beams that go on from other beams.
+
+        Only pages full of these tokens are exchanged, and only where they differ, after waiting for `fence` (without
+        one: behind all launched so far). The rest of the tokens, those from `shared_tokens` on, the caller copies in
+        the slots' own pages.
+
+        Args:
+            sources: For each slot the one whose tokens it shall have; at least `n_tokens` long, both.
+            n_tokens: How many tokens.
+            fence: Behind all that may still read what is exchanged.
+
+        Raises:
+            CapacityError: Nothing changed but warm slots that went cold.
+            DriverError: Undone; see `truncate`.
+            UsageError: A slot is not active or broken, or shorter than `n_tokens`, or of another domain. Nothing
+                changed.
+        """
+        self._require_open()
+        with self._exclusive([*sources, *sources.values()]):
+            with self.pool.lock:
+                slots = self._slots
+                self._forked_lengths([*sources, *sources.values()], n_tokens)
+                for target, source in sources.items():
+                    if slots.domain[target] != slots.domain[source]:
+                        raise UsageError(f"slots {target} and {source} are of different domains; nothing is shared")
+                    if slots.n_tokens[target] != n_tokens:
+                        raise UsageError(
+                            f"slot {target} has {slots.n_tokens[target]} tokens, not {n_tokens}; truncate it first"
+                        )
+                changes = [c for t, s in sources.items() for c in self._changes_of_share(s, t, n_tokens)]
+            if not changes:
+                return
+            (fence or self.fence()).wait()
+            self._rewire(changes, lambda: None, lambda: None)
+
+    def vacate(self, slot_id: SlotId, fence: Fence | None = None) -> int:
+        """Give back all pages of a sequence, whose owner has its tokens elsewhere; the slot stays his, with no tokens.
+
+        Waits for `fence` (without one: behind all launched so far). Addresses stay: `ensure` maps again.
+
+        Returns:
+            How many pages went back to the pool.
+
+        Raises:
+            DriverError: An unmap failed: the sequence has no tokens, and the slot is broken; retire it.
+            UsageError: The slot is not active. Nothing changed.
+        """
+        self._require_open()
+        with self.pool.lock:
+            self._slots.require_active([slot_id])
+        (fence or self.fence()).wait()
+        with self._exclusive([slot_id]):
+            with self.pool.lock:
+                slots = self._slots
+                slots.require_active([slot_id])
+                self._slides = [slide for slide in self._slides if slide[0] != slot_id]
+                slots.n_tokens[slot_id] = slots.capacity[slot_id] = 0
+                slots.first_token.pop(slot_id, None)
+            return self.region.unmap(slot_id)
+
+    def spans(self, slot_id: SlotId, first_token: int, end_token: int) -> list[Span]:
+        """The bytes of tokens `[first_token, end_token)` of a sequence: one contiguous range in each plane.
+
+        Raises:
+            UsageError: The slot is not active, or has not these tokens.
+        """
+        self.pool.require_owner()
+        with self.pool.lock:
+            slots = self._slots
+            slots.require_active([slot_id])
+            if not slots.first_token.get(slot_id, 0) <= first_token <= end_token <= slots.n_tokens[slot_id]:
+                raise UsageError(
+                    f"tokens [{first_token}, {end_token}) of a sequence that has [{slots.first_token.get(slot_id, 0)}, "
+                    f"{slots.n_tokens[slot_id]})"
+                )
+            return [
+                (start + first_token * plane.token_bytes, (end_token - first_token) * plane.token_bytes)
+                for plane, start in zip(self.layout.planes, self._starts(slot_id), strict=True)
+            ]
+
+    def shared_tokens(self, slot_id: SlotId) -> int:
+        """Tokens of a sequence that lie, wholly or in part, in pages that another slot has too: not to be written.
+
+        Raises:
+            UsageError: The slot is not active.
+        """
+        self.pool.require_owner()
+        with self.pool.lock:
+            self._slots.require_active([slot_id])
+            return self._n_shared_tokens(slot_id)
 
     def retire(self, slot_ids: SlotId | Sequence[SlotId], fence: Fence | None = None) -> None:
         """End sequences. Their pages stay mapped; behind `fence` the slots are warm and can be adopted as they are.
@@ -330,6 +521,10 @@ class KVCache:
             by_state = dict.fromkeys(SlotState, 0)
             for index, state in enumerate(slots.state):
                 by_state[state] += self.region.n_pages(SlotId(index))
+            n_shared = sum(by_state.values())
+            if self.region.shares:
+                by_state = self._distinct_by_state()
+            n_shared -= sum(by_state.values())
             n_live_tokens = sum(n - slots.first_token.get(s, 0) for s, n in slots.n_tokens.items())
             return CacheStats(
                 page_bytes=pool.page_bytes,
@@ -339,6 +534,7 @@ class KVCache:
                 n_live_pages=by_state[SlotState.ACTIVE],
                 n_warm_pages=by_state[SlotState.WARM],
                 n_pending_pages=by_state[SlotState.RETIRED],
+                n_saved_pages=n_shared,
                 n_elsewhere_pages=pool.n_mapped - sum(by_state.values()),
                 n_quarantined_pages=pool.n_quarantined,
                 n_peak_owned_pages=pool.n_peak_owned,
@@ -379,6 +575,8 @@ class KVCache:
                             f"slot {slot_id}: {slots.n_tokens[slot_id]} tokens, capacity {slots.capacity[slot_id]} "
                             f"in the books, {capacity} mapped"
                         )
+                if self.region.shares and slot_id not in slots.busy | self.region.broken:
+                    self._check_shared(slot_id)
 
     def close(self) -> None:
         """Unmap everything and free the region. Idempotent. All sequences must be retired and behind their fences.
@@ -437,7 +635,8 @@ class KVCache:
                 self._require_whole(short)
                 plan = plan_growth(self.layout, self.region.reservation.base, self.region.mapped, short)
             if plan.runs:
-                self._map(plan, may_reclaim=not ahead)
+                slot_ids = {run.slot_id for run in plan.runs}
+                self._reclaiming(lambda: self.region.map(plan), slot_ids, plan.n_pages, may_reclaim=not ahead)
             with self.pool.lock:  # slots that were retired meanwhile have neither a capacity nor a length
                 for slot_id in short.keys() & self._slots.capacity.keys():
                     self._slots.capacity[slot_id] = self.region.token_capacity(slot_id)
@@ -445,20 +644,123 @@ class KVCache:
                     self._slots.n_tokens[slot_id] = lengths[slot_id]
         return plan.n_pages
 
-    def _map(self, plan: GrowthPlan, *, may_reclaim: bool) -> None:
-        """Take pages and map them; on a shortage reclaim warm slots and try again, as long as that gives pages."""
+    def _rewire(self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]) -> None:
+        """Exchange pages, reclaiming where some are missing. A sequence that could not be undone says what is left."""
+        slot_ids = {change.slot_id for change in changes}
+        n_new = sum(handle is None for change in changes for handle in change.handles)
+        slots = self._slots
+        try:
+            self._reclaiming(lambda: self.region.rewire(changes, fill, commit), slot_ids, n_new)
+        finally:
+            with self.pool.lock:
+                for slot_id in self.region.broken & slot_ids & slots.capacity.keys():
+                    slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+                    slots.n_tokens[slot_id] = min(slots.n_tokens[slot_id], slots.capacity[slot_id])
+
+    def _reclaiming(
+        self, call: Callable[[], object], slot_ids: set[SlotId], n_pages: int, *, may_reclaim: bool = True
+    ) -> None:
+        """Make a call that takes pages for slots; on a shortage reclaim warm slots and try again, while that helps."""
         while True:
             try:
-                self.region.map(plan)
+                call()
                 return
             except CapacityError as error:
-                slots = {run.slot_id for run in plan.runs}
-                if not may_reclaim or slots & self.region.broken:  # broken by undoing just now
+                if not may_reclaim or slot_ids & self.region.broken:  # broken by undoing just now
                     raise
-                # Mappings come free with pages, nobody knows how many: as many pages as the plan has will do.
-                n_short = plan.n_pages - self.pool.n_available if isinstance(error, OutOfPages) else plan.n_pages
+                # Mappings come free with pages, nobody knows how many: as many pages as are mapped will do.
+                n_short = n_pages - self.pool.n_available if isinstance(error, OutOfPages) else n_pages
                 if not self.pool.make_room(max(1, n_short), first=self):
                     raise
+
+    def _forked_lengths(self, sources: Sequence[SlotId], n_tokens: int | None) -> list[int]:
+        """What forks of these slots will hold. Raises UsageError if they cannot. The caller holds the lock."""
+        slots = self._slots
+        slots.require_active(sources)
+        self._require_whole(sources)
+        lengths = [slots.n_tokens[source] if n_tokens is None else n_tokens for source in sources]
+        for source, length in zip(sources, lengths, strict=True):
+            if not slots.first_token.get(source, 0) <= length <= slots.n_tokens[source]:
+                raise UsageError(
+                    f"{length} tokens of slot {source}, which has [{slots.first_token.get(source, 0)}, "
+                    f"{slots.n_tokens[source]})"
+                )
+        return lengths
+
+    def _changes_of_fork(self, source: SlotId, target: SlotId, n_tokens: int) -> list[Rewiring]:
+        """Every full page of the source, and a page of the target's own for what is left."""
+        changes = []
+        for plane_index, (plane, row) in enumerate(zip(self.layout.planes, self.region.row(source), strict=True)):
+            first, handles = row
+            n_full = max(n_tokens * plane.token_bytes // self.layout.page_bytes - first, 0)
+            n_pages = max(ceil_div(n_tokens * plane.token_bytes, self.layout.page_bytes) - first, 0)
+            shared: list[Handle | None] = [*handles[:n_full], *[None] * (n_pages - n_full)]
+            changes.append(Rewiring(target, plane_index, first, shared))
+        return changes
+
+    def _changes_of_share(self, source: SlotId, target: SlotId, n_tokens: int) -> list[Rewiring]:
+        """The target's full pages from the first one on that differs, and what it has behind them as it is."""
+        changes = []
+        rows = zip(self.layout.planes, self.region.row(source), self.region.row(target), strict=True)
+        for plane_index, (plane, (first, theirs), (own_first, own)) in enumerate(rows):
+            end = n_tokens * plane.token_bytes // self.layout.page_bytes
+            differing = (i for i in range(max(first, own_first), end) if theirs[i - first] != own[i - own_first])
+            start = next(differing, None)
+            if start is not None:
+                handles = [*theirs[start - first : end - first], *own[end - own_first :]]
+                changes.append(Rewiring(target, plane_index, start, handles))
+        return changes
+
+    def _changes_of_truncate(self, slot_id: SlotId, n_tokens: int) -> list[Rewiring]:
+        """Where shared pages lie behind the end: nothing from there on, but a page of its own for what is left."""
+        changes = []
+        for plane_index, plane in enumerate(self.layout.planes):
+            n_full, n_left_bytes = divmod(n_tokens * plane.token_bytes, self.layout.page_bytes)
+            if self.region.shared_end(slot_id, plane_index) > n_full:
+                changes.append(Rewiring(slot_id, plane_index, n_full, [None] if n_left_bytes else []))
+        return changes
+
+    def _tails(self, slot_id: SlotId, n_tokens: int, changes: Sequence[Rewiring]) -> list[Span]:
+        """Where the new pages of changes begin, and how many bytes of the first `n_tokens` are in them."""
+        starts, page_bytes = self._starts(slot_id), self.layout.page_bytes
+        return [
+            (starts[c.plane_index] + c.first * page_bytes, n_tokens * plane.token_bytes - c.first * page_bytes)
+            for c in changes
+            for plane in [self.layout.planes[c.plane_index]]
+            if c.handles
+        ]
+
+    def _tail_copies(self, source: SlotId, target: SlotId, n_tokens: int) -> list[Copy]:
+        """What is left behind the full pages, in every plane."""
+        copies = []
+        places = zip(self.layout.planes, self._starts(source), self._starts(target), strict=True)
+        for plane, source_start, target_start in places:
+            n_bytes = n_tokens * plane.token_bytes
+            n_left_bytes = n_bytes % self.layout.page_bytes
+            if n_left_bytes:
+                offset = n_bytes - n_left_bytes
+                copies.append(Copy(source_start + offset, target_start + offset, n_left_bytes))
+        return copies
+
+    def _starts(self, slot_id: SlotId) -> list[int]:
+        """Per plane, the address of a slot's first token."""
+        base = self.region.reservation.base
+        return [base + plane.base_bytes + slot_id * plane.span_bytes for plane in self.layout.planes]
+
+    def _n_shared_tokens(self, slot_id: SlotId) -> int:
+        ends = (self.region.shared_end(slot_id, i) * self.layout.page_bytes for i in range(len(self.layout.planes)))
+        return max(ceil_div(end, plane.token_bytes) for end, plane in zip(ends, self.layout.planes, strict=True))
+
+    def _distinct_by_state(self) -> dict[SlotState, int]:
+        """Pages by their slots' state; a shared one in the state that keeps it longest. The caller holds the lock."""
+        counts = dict.fromkeys(SlotState, 0)
+        seen: set[Handle] = set()
+        for state in (SlotState.ACTIVE, SlotState.RETIRED, SlotState.WARM, SlotState.COLD, SlotState.BROKEN):
+            slot_ids = (SlotId(index) for index, found in enumerate(self._slots.state) if found is state)
+            pages = self.region.distinct_pages(slot_ids) - seen
+            counts[state] = len(pages)
+            seen |= pages
+        return counts
 
     def _poll(self) -> int:
         """Move on whatever waited for a fence that has passed meanwhile; return how many pages that gave back."""
@@ -480,7 +782,10 @@ class KVCache:
                     capacity = self.region.token_capacity(slot_id) if self.region.has_front(slot_id) else 0
                     self._slots.settle(slot_id, capacity if n_pages else -1)
             self._slots.break_(self.region.broken)
-            unusable = [s for s in self.region.broken if s in self._slots.warm and s not in self._slots.busy]
+            # A slot that shares pages cannot be adopted: its next owner would write them.
+            warm = [s for s in self._slots.warm if s not in self._slots.busy] if self.region.shares else ()
+            sharing = {s for s in warm if self.region.is_shared(s)}
+            unusable = [s for s in self.region.broken | sharing if s in self._slots.warm and s not in self._slots.busy]
             self._slots.busy.update(unusable)
         try:
             n_freed += sum(self._unmap_slot(slot_id) for slot_id in unusable)
@@ -575,9 +880,26 @@ class KVCache:
         if broken:
             raise UsageError(f"an unmap failed under slots {sorted(broken)}; retire them, they cannot grow any more")
 
+    def _check_shared(self, slot_id: SlotId) -> None:
+        """Verify that nobody will write what is shared. The caller holds the lock."""
+        state, n_tokens = self._slots.state[slot_id], self._slots.n_tokens.get(slot_id, 0)
+        if state is SlotState.ACTIVE and self._n_shared_tokens(slot_id) > n_tokens:
+            raise InvariantError(f"slot {slot_id} of {n_tokens} tokens shares {self._n_shared_tokens(slot_id)}")
+        if state is SlotState.WARM and self.region.is_shared(slot_id):
+            raise InvariantError(f"slot {slot_id} is to be adopted, and shares pages")
+
     def _require_lengths(self, lengths: Mapping[SlotId, int]) -> None:
         for slot_id, n_tokens in lengths.items():
             if n_tokens < self._slots.first_token.get(slot_id, 0):
                 raise UsageError(
                     f"slot {slot_id}: length {n_tokens} is negative or lies before the tokens that slide gave up"
                 )
+            if n_tokens < self._slots.n_tokens[slot_id] and n_tokens < self._n_shared_tokens(slot_id):
+                raise UsageError(
+                    f"slot {slot_id}: length {n_tokens} lies within pages that another sequence has too; truncate it"
+                )
+
+
+def _write(driver: Driver, rows: Sequence[tuple[int, bytearray]]) -> None:
+    for address, row in rows:
+        driver.copy_from_host(memoryview(row), address).wait()

@@ -5,6 +5,8 @@ Guarantees
   * The table (which handle lies where) changes only under the pool's lock, after the driver call succeeded.
   * A page whose unmap fails goes to quarantine, and its slot is `broken`: nobody uses that range. What was refused for
     lack of mappings, or interrupted, `retry` tries again, and the slot is whole when it succeeds; `close` tries all.
+  * A page may lie under several slots, at the same place of each (`rewire`). It goes back to the pool with its last
+    mapping (`shares.py`).
 
 Assumptions: the cache above lets no two calls work on one slot at a time, and calls `unmap` only behind a fence.
 """
@@ -12,15 +14,17 @@ Assumptions: the cache above lets no two calls work on one slot at a time, and c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from vmem_kv.driver.base import Handle, Span
 from vmem_kv.errors import CapacityError, DriverError, InvariantError, UsageError, VmemError
-from vmem_kv.growth import GrowthPlan, PageRange, SlotId
+from vmem_kv.growth import GrowthPlan, PageRange, Run, SlotId
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
+from vmem_kv.shares import Shares
 
 _Range = tuple[Span, list[Handle]]
 """A contiguous virtual range and the pages in it."""
@@ -35,6 +39,16 @@ class _Stuck(NamedTuple):
     is_certain: bool  # whether it is mapped at all
 
 
+class Rewiring(NamedTuple):
+    """What shall lie under one slot in one plane from some page on, instead of what lies there now."""
+
+    slot_id: SlotId
+    plane_index: int
+    first: int
+    handles: Sequence[Handle | None]
+    """Pages that this region maps already, in the same plane at the same index; None for a new page."""
+
+
 class Region:
     """The virtual range of one layout, and what is mapped in it."""
 
@@ -44,7 +58,9 @@ class Region:
         self.reservation = pool.driver.reserve(layout.virtual_bytes)
         self.mapped: dict[SlotId, list[PageRange]] = {}
         self._handles: dict[SlotId, list[list[Handle]]] = {}
+        self.shares = Shares()
         self._stuck: list[_Stuck] = []
+        self._damaged: set[SlotId] = set()
         self._may_be_freed = False
         for index in range(layout.n_slots):
             self.mapped[SlotId(index)] = [PageRange(0, 0)] * len(layout.planes)
@@ -52,8 +68,8 @@ class Region:
 
     @property
     def broken(self) -> set[SlotId]:
-        """Slots with a range that could not be unmapped."""
-        return {stuck.slot_id for stuck in self._stuck}
+        """Slots with a range that could not be unmapped, or that lost pages they should have."""
+        return {stuck.slot_id for stuck in self._stuck} | self._damaged
 
     @property
     def may_mend(self) -> set[SlotId]:
@@ -68,9 +84,33 @@ class Region:
         """Tokens, counted from the slot's start, that end inside its mapped pages."""
         return self.layout.token_capacity([end for _, end in self.mapped[slot_id]])
 
+    def row(self, slot_id: SlotId) -> list[tuple[int, list[Handle]]]:
+        """Per plane, the index of the first mapped page and the pages from there on; do not change them."""
+        firsts = (first for first, _ in self.mapped[slot_id])
+        return list(zip(firsts, self._handles[slot_id], strict=True))
+
     def has_front(self, slot_id: SlotId) -> bool:
         """Whether no plane's first pages were given up."""
         return all(first == 0 for first, _ in self.mapped[slot_id])
+
+    def shared_end(self, slot_id: SlotId, plane_index: int) -> int:
+        """The page of a plane behind the last one that also lies under another slot; 0 if none does.
+
+        The caller holds the pool's lock.
+        """
+        first, end = self.mapped[slot_id][plane_index]
+        handles = self._handles[slot_id][plane_index]
+        while end > first and not self.shares.is_shared(handles[end - first - 1]):
+            end -= 1
+        return end if end > first else 0
+
+    def is_shared(self, slot_id: SlotId) -> bool:
+        """Whether a slot has pages that also lie under another. The caller holds the pool's lock."""
+        return bool(self.shares) and any(self.shared_end(slot_id, i) for i in range(len(self.layout.planes)))
+
+    def distinct_pages(self, slot_ids: Iterable[SlotId]) -> set[Handle]:
+        """The pages under some slots, each of them once. The caller holds the pool's lock."""
+        return {handle for slot_id in slot_ids for handles in self._handles[slot_id] for handle in handles}
 
     def map(self, plan: GrowthPlan) -> None:
         """Take pages for the plan's runs and map them. Those that hold old bytes are scrubbed.
@@ -82,41 +122,246 @@ class Region:
             DriverError: Undone; the pages are back in the pool, but for those that had to be quarantined.
         """
         handles, n_used, n_mappings = self._take(plan)
-        driver, places = self.pool.driver, plan.places
-        n_mapped: int | None = None  # unknown while the driver is at it
-        may_be_scrubbing = False
+        try:
+            self._map_pages(plan, handles, _adjacent(plan.places[:n_used], plan.page_bytes))
+        except BaseException:
+            self.pool.refund_mappings(n_mappings)
+            raise
+
+    def rewire(self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]) -> None:
+        """Replace what lies under slots from some page on, by pages that lie under others or by new ones.
+
+        Nothing on the device may touch what is replaced.
+
+        Args:
+            changes: At most one per slot and plane.
+            fill: Called when everything is mapped, before it counts: it writes the new pages. If it raises, all of
+                this is undone; what it launched is waited for.
+            commit: Called in the moment from which on it counts, with the pool's lock held; it cannot fail.
+
+        Raises:
+            CapacityError: Nothing changed.
+            DriverError: Undone. Where that failed as well, the slot is broken, and what could not be mapped again is
+                missing at its end.
+        """
+        given = [handle for change in changes for handle in change.handles]
+        plan = self._plan_of(changes)
+        new_places = [place for place, handle in zip(plan.places, given, strict=True) if handle is None]
+        new, n_used = self.pool.take(new_places) if new_places else ([], 0)
+        unused = iter(new)
+        handles = [next(unused) if handle is None else handle for handle in given]
+        n_mappings = self._count_mappings_of(changes)
+        # At worst, and before anything is cut: to undo that, what it freed is needed again.
+        n_charged = len(handles) * self.pool.driver.info.mappings_per_run
+        try:
+            self.pool.charge_mappings(n_charged)
+        except BaseException:
+            self._let_go(new)
+            raise
+        try:
+            self._exchange(changes, plan, handles, new_places[:n_used], fill, commit)
+        finally:
+            with self.pool.lock:
+                self.pool.forget_mappings(n_charged + n_mappings - self._count_mappings_of(changes))
+
+    def _exchange(
+        self,
+        changes: Sequence[Rewiring],
+        plan: GrowthPlan,
+        handles: list[Handle],
+        dirty: list[int],
+        fill: Callable[[], object],
+        commit: Callable[[], object],
+    ) -> None:
+        """Cut off what the changes replace, map `handles` instead; see `rewire`."""
+        as_it_is = [self._as_it_is(change) for change in changes]
+        old = self._plan_of(as_it_is)
+        old_handles = [handle for change in as_it_is for handle in change.handles if handle is not None]
+        with self.pool.lock:
+            self.shares.alias(handle for change in changes for handle in change.handles if handle is not None)
+            self.shares.alias(old_handles)  # so that they stay ours, to be put back
+            empty = [change for change in changes if not self._handles[change.slot_id][change.plane_index]]
+            before = [self.mapped[change.slot_id][change.plane_index] for change in empty]
+            for slot_id, plane_index, first, _ in empty:
+                self.mapped[slot_id][plane_index] = PageRange(first, first)
         try:
             try:
-                driver.map(plan.page_bytes, places, handles)
-            except VmemError as error:
-                n_mapped = error.n_done
+                self._cut(changes, old, old_handles)
+            except BaseException:
+                self._let_go(handles)
                 raise
-            n_mapped = len(handles)
-            driver.set_access([(run.address, run.n_pages * plan.page_bytes) for run in plan.runs])
-            if n_used:
-                may_be_scrubbing = True
-                driver.scrub(_adjacent(places[:n_used], plan.page_bytes))
+            try:
+                self._map_pages(plan, handles, _adjacent(dirty, plan.page_bytes), fill, commit)
+            except BaseException:
+                self._put_back(old, old_handles)
+                raise
+        except BaseException:
+            with self.pool.lock:
+                for change, pages in zip(empty, before, strict=True):
+                    self.mapped[change.slot_id][change.plane_index] = pages
+            raise
+        with contextlib.suppress(VmemError):  # it is done; a page that could not be released is counted as lost
+            self._let_go(old_handles)
+
+    def _cut(self, changes: Sequence[Rewiring], old: GrowthPlan, handles: list[Handle]) -> None:
+        """Unmap what changes replace; they hold its pages still. After a failure it is mapped again, and not held."""
+        if not handles:
+            return
+        with self.pool.lock:
+            for slot_id, plane_index, first, _ in changes:
+                mapped = self.mapped[slot_id][plane_index]
+                self.mapped[slot_id][plane_index] = PageRange(mapped.first, first)
+                del self._handles[slot_id][plane_index][first - mapped.first :]
+            n_left = self.shares.leave(handles)
+            self.pool.n_mapped -= n_left
+            self.pool.n_in_flight += n_left
+        try:
+            self.pool.driver.unmap([(run.address, run.n_pages * old.page_bytes) for run in old.runs])
+        except VmemError as error:
+            n_runs = error.n_done
+            n_done = sum(run.n_pages for run in old.runs[:n_runs])
+            with self.pool.lock:
+                self._enter(GrowthPlan(old.runs[n_runs:], [], 0, old.page_bytes), handles[n_done:])
+                self.shares.drop(handles)  # in the table again, or held
+            done = GrowthPlan(old.runs[:n_runs], old.places[:n_done], n_done, old.page_bytes)
+            self._put_back(done, handles[:n_done])
+            raise
+        except BaseException:  # says nothing about how far it came
+            with contextlib.suppress(VmemError):
+                pages = _ranges_of_plan(old, handles, len(handles), page_by_page=True)
+                self._unmap_ranges(pages, [], is_certain=False)
+            self._put_back(old, handles)
+            raise
+        with self.pool.lock:
+            self.shares.drop(handles)  # held
+
+    def _put_back(self, plan: GrowthPlan, handles: list[Handle]) -> None:
+        """Map again what was cut off; its pages are held. Where that fails, they go, and their slots are broken."""
+        if not handles:
+            return
+        slot_ids = {run.slot_id for run in plan.runs}
+        try:
+            if slot_ids & self.broken:  # something else may be stuck in these places
+                self._let_go(handles)
+                raise DriverError("map", 0, "STUCK", plan.n_pages * plan.page_bytes, "the place is not free")
+            self._map_pages(plan, handles, [])
         except BaseException as failure:
-            self.pool.refund_mappings(n_mappings)
+            with self.pool.lock:
+                self._damaged |= slot_ids
+            if not isinstance(failure, VmemError):
+                raise
+
+    def _map_pages(
+        self,
+        plan: GrowthPlan,
+        handles: list[Handle],
+        dirty: list[Span],
+        fill: Callable[[], object] | None = None,
+        commit: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Map pages that are in no table yet, scrub the `dirty` places, let `fill` write, and put them in the table.
+
+        After a failure all of it is undone, and the pages are let go.
+        """
+        driver = self.pool.driver
+        n_mapped: int | None = None  # unknown while the driver is at it
+        may_be_writing = False
+        try:
+            if plan.runs:
+                try:
+                    driver.map(plan.page_bytes, plan.places, handles)
+                except VmemError as error:
+                    n_mapped = error.n_done
+                    raise
+                n_mapped = len(handles)
+                driver.set_access([(run.address, run.n_pages * plan.page_bytes) for run in plan.runs])
+            may_be_writing = bool(dirty) or fill is not None
+            if dirty:
+                driver.scrub(dirty)
+            if fill is not None:
+                fill()
+        except BaseException as failure:
+            must_wait = may_be_writing and (fill is not None or not isinstance(failure, VmemError))
             # The first error is the one to report; what failed while undoing it is in the quarantine count.
             with contextlib.suppress(VmemError):
-                if may_be_scrubbing and not isinstance(failure, VmemError):
-                    driver.fence().wait()  # queued before the interruption, and an unmap waits for nothing
-                if n_mapped is None:
-                    pages = _ranges_of_plan(plan, handles, len(handles), page_by_page=True)
-                    self._unmap_ranges(pages, [], is_certain=False)
-                else:
-                    self._unmap_ranges(_ranges_of_plan(plan, handles, n_mapped), handles[n_mapped:])
+                self._undo_map(plan, handles, n_mapped, must_wait=must_wait)
             raise
-        first = 0
         with self.pool.lock:
-            for slot_id, plane_index, _, n_pages in plan.runs:
-                old = self.mapped[slot_id][plane_index]
-                self.mapped[slot_id][plane_index] = PageRange(old.first, old.end + n_pages)
-                self._handles[slot_id][plane_index] += handles[first : first + n_pages]
-                first += n_pages
-            self.pool.n_in_flight -= plan.n_pages
-            self.pool.n_mapped += plan.n_pages
+            self._enter(plan, handles)
+            commit()
+
+    def _undo_map(self, plan: GrowthPlan, handles: list[Handle], n_mapped: int | None, *, must_wait: bool) -> None:
+        """Unmap the first `n_mapped` pages of a plan, or whichever of them are mapped, and let go of all.
+
+        Args:
+            plan: What was to be mapped.
+            handles: Its pages.
+            n_mapped: None where nobody knows.
+            must_wait: Whether the device may be writing there: an unmap waits for nothing. Where it cannot be waited
+                for, the pages stay where they are, for good.
+
+        Raises:
+            VmemError: Pages are quarantined, and their slots broken.
+        """
+        if n_mapped is None:
+            pages = _ranges_of_plan(plan, handles, len(handles), page_by_page=True)
+            self._unmap_ranges(pages, [], is_certain=False)
+            return
+        ranges = _ranges_of_plan(plan, handles, n_mapped)
+        if must_wait:
+            try:
+                self.pool.driver.fence().wait()
+            except VmemError:
+                self._get_stuck(ranges, may_pass=False, is_certain=True)
+                raise
+        self._unmap_ranges(ranges, handles[n_mapped:])
+
+    def _enter(self, plan: GrowthPlan, handles: Sequence[Handle]) -> None:
+        """Put pages that are mapped into the table, behind what is there. The caller holds the pool's lock."""
+        first = 0
+        for slot_id, plane_index, _, n_pages in plan.runs:
+            old = self.mapped[slot_id][plane_index]
+            self.mapped[slot_id][plane_index] = PageRange(old.first, old.end + n_pages)
+            self._handles[slot_id][plane_index] += handles[first : first + n_pages]
+            first += n_pages
+        n_entered = self.shares.enter(handles) if self.shares else len(handles)
+        self.pool.n_in_flight -= n_entered
+        self.pool.n_mapped += n_entered
+
+    def _plan_of(self, changes: Sequence[Rewiring]) -> GrowthPlan:
+        """The runs and places of what changes map."""
+        runs: list[Run] = []
+        places: list[int] = []
+        for slot_id, plane_index, first, handles in changes:
+            if handles:
+                address, n_bytes = self._span(slot_id, plane_index, first, first + len(handles))
+                runs.append(Run(slot_id, plane_index, address, len(handles)))
+                places += range(address, address + n_bytes, self.layout.page_bytes)
+        return GrowthPlan(tuple(runs), places, len(places), self.layout.page_bytes)
+
+    def _as_it_is(self, change: Rewiring) -> Rewiring:
+        """The change that would put back what a change replaces."""
+        n_before = change.first - self.mapped[change.slot_id][change.plane_index].first
+        return change._replace(handles=self._handles[change.slot_id][change.plane_index][n_before:])
+
+    def _count_mappings_of(self, changes: Sequence[Rewiring]) -> int:
+        """What the rows of changes cost now of the driver's mappings."""
+        return sum(self._count_mappings(self._handles[change.slot_id][change.plane_index]) for change in changes)
+
+    def _let_go(self, handles: Sequence[Handle]) -> int:
+        """Let go of pages that are mapped nowhere by us; return how many went back to the pool.
+
+        Raises:
+            DriverError: As `PagePool.give`.
+        """
+        if not self.shares:
+            self.pool.give(handles)
+            return len(handles)
+        with self.pool.lock:
+            free, lost = self.shares.drop(handles)
+        self.pool.quarantine(lost)
+        self.pool.give(free)
+        return len(free)
 
     def unmap(self, slot_id: SlotId, keep_from: Sequence[int] | None = None) -> int:
         """Unmap a slot's pages and give them to the pool; with `keep_from`, per plane, only those before that page.
@@ -140,11 +385,12 @@ class Region:
                 self.pool.forget_mappings(self._count_mappings(handles) - self._count_mappings(kept))
                 self._handles[slot_id][plane_index] = kept
                 ranges.append((self._span(slot_id, plane_index, first, cut), gone))
-            n_pages = sum(len(handles) for _, handles in ranges)
+            if keep_from is None:
+                self._damaged.discard(slot_id)
+            n_pages = sum(self.shares.leave(handles) if self.shares else len(handles) for _, handles in ranges)
             self.pool.n_mapped -= n_pages
             self.pool.n_in_flight += n_pages
-        self._unmap_ranges(ranges, [])
-        return n_pages
+        return self._unmap_ranges(ranges, [])
 
     def retry(self, is_worth: Callable[[_Stuck], bool]) -> int:
         """Try once more to unmap stuck ranges; return how many pages went back. Nobody else works on their slots.
@@ -156,16 +402,19 @@ class Region:
             again = [stuck for stuck in self._stuck if is_worth(stuck)]
             self._stuck = [stuck for stuck in self._stuck if stuck not in again]
             for stuck in again:
-                self.pool.unquarantine(stuck.range[1])
+                self.pool.unquarantine(self.shares.retry(stuck.range[1]))
+        n_freed = 0
         try:
-            self._unmap_ranges([stuck.range for stuck in again if stuck.is_certain], [])
+            n_freed += self._unmap_ranges([stuck.range for stuck in again if stuck.is_certain], [])
         finally:
-            self._unmap_ranges([stuck.range for stuck in again if not stuck.is_certain], [], is_certain=False)
-        return sum(len(stuck.range[1]) for stuck in again)
+            unsure = [stuck.range for stuck in again if not stuck.is_certain]
+            n_freed += self._unmap_ranges(unsure, [], is_certain=False)
+        return n_freed
 
     def reset(self, slot_id: SlotId) -> None:
         """Let a slot with nothing mapped begin at its front again. The caller holds the pool's lock."""
         self.mapped[slot_id] = [PageRange(0, 0)] * len(self.layout.planes)
+        self._damaged.discard(slot_id)
 
     def scrub(self, slot_id: SlotId) -> None:
         """Fill a slot's mapped pages with zeros.
@@ -191,7 +440,7 @@ class Region:
                 raise
             with self.pool.lock:
                 for stuck in self._stuck:
-                    self.pool.forget(stuck.range[1])
+                    self.pool.forget(self.shares.retry(stuck.range[1]))
                 self._stuck = []
 
     def _close(self) -> None:
@@ -227,14 +476,29 @@ class Region:
                     raise InvariantError(f"slot {slot_id}: pages [{first}, {end}) lie outside of its plane")
                 if end - first != len(handles) or len(set(handles)) != len(handles):
                     raise InvariantError(f"slot {slot_id}: {end - first} pages, handles {handles}")
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """Verify that a page lies at one place of every slot that has it, under as many as the books say."""
+        places: dict[Handle, tuple[int, int]] = {}
+        n_tables: Counter[Handle] = Counter()
+        for slot_id, rows in self._handles.items():
+            for plane_index, handles in enumerate(rows):
+                n_tables.update(handles)
+                for index, handle in enumerate(handles, self.mapped[slot_id][plane_index].first):
+                    if places.setdefault(handle, (plane_index, index)) != (plane_index, index):
+                        raise InvariantError(f"page {handle} lies at {places[handle]} and {(plane_index, index)}")
+        for handle, n in n_tables.items():
+            if n != self.shares.n_tables(handle):
+                raise InvariantError(f"page {handle} lies under {n} slots, not {self.shares.n_tables(handle)}")
 
     def handles(self) -> Mapping[SlotId, list[list[Handle]]]:
         """The table: per slot and plane, the handles of the mapped pages in order. For checks; do not change."""
         return self._handles
 
     def mapped_handles(self) -> list[Handle]:
-        """Every page mapped here, whatever its slot's state. The caller holds the pool's lock."""
-        return [handle for planes in self._handles.values() for handles in planes for handle in handles]
+        """Every page mapped here, once, whatever its slots' states. The caller holds the pool's lock."""
+        return list(self.distinct_pages(self._handles))
 
     def n_mappings(self) -> int:
         """What the mapped pages cost of the driver's mappings. The caller holds the pool's lock."""
@@ -267,12 +531,12 @@ class Region:
             raise
         return handles, n_used, n_mappings
 
-    def _unmap_ranges(self, ranges: Sequence[_Range], unmapped: list[Handle], *, is_certain: bool = True) -> None:
-        """Unmap ranges of in-flight pages and give their handles, and the `unmapped` ones, to the pool.
+    def _unmap_ranges(self, ranges: Sequence[_Range], unmapped: list[Handle], *, is_certain: bool = True) -> int:
+        """Unmap ranges that are in no table and let go of their pages, and of the `unmapped` ones.
 
         A range that fails is quarantined and its slot broken; the others go on. Raises the first failure at the end.
         After an interruption, which does not say how far the driver came, the rest goes one by one; after a second one
-        it is stuck, to be tried again.
+        it is stuck, to be tried again. Returns how many pages went back to the pool.
 
         Args:
             ranges: What to unmap.
@@ -304,16 +568,20 @@ class Region:
             for _, handles in rest[:n_done]:
                 freed += handles
             rest = rest[n_done + n_stuck :]
+        n_freed = 0
         try:
-            self.pool.give(freed)
+            n_freed = self._let_go(freed)
         except VmemError as error:
             failure = failure or error
         if failure is not None:
             raise failure
+        return n_freed
 
     def _get_stuck(self, ranges: Sequence[_Range], *, may_pass: bool, is_certain: bool) -> None:
         for span, handles in ranges:
-            self.pool.quarantine(handles)
+            with self.pool.lock:
+                lost = self.shares.get_stuck(handles)
+            self.pool.quarantine(lost)
             with self.pool.lock:
                 self._stuck.append(_Stuck(self._slot_at(span[0]), (span, handles), may_pass, is_certain))
 

@@ -103,6 +103,7 @@ class RowStore:
                 n_live_pages=n_live,
                 n_warm_pages=n_warm,
                 n_pending_pages=n_pending,
+                n_saved_pages=sum(part.n_saved_pages for part in parts),
                 n_elsewhere_pages=pool.n_mapped - n_live - n_warm - n_pending,
                 n_quarantined_pages=pool.n_quarantined,
                 n_peak_owned_pages=pool.n_peak_owned,

@@ -32,6 +32,7 @@ class CacheStats:
     n_live_pages: int  # under slots that belong to sequences
     n_warm_pages: int  # under slots that belong to nobody, ready to be adopted
     n_pending_pages: int  # under retired slots, waiting for a fence
+    n_saved_pages: int  # what sharing saves: places under this cache's slots beyond the first of a page
     n_elsewhere_pages: int  # mapped by other caches on the same pool
     n_quarantined_pages: int  # lost: an unmap or release failed
     n_peak_owned_pages: int  # the most that the pool ever owned

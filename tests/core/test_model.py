@@ -47,11 +47,15 @@ def test_a_page_that_is_missing_or_too_many_is_a_mismatch(open_bench: OpenBench)
     model.acquired(slot_id, "")
     model.ensured({slot_id: 5})
     stats = bench.cache.stats()
-    model.compare(stats, set(model.pages))
+    handles = {page: 100 + frame for page, frame in model.pages.items()}
+    model.compare(stats, handles)
     with pytest.raises(ModelMismatch, match="should be mapped"):
-        model.compare(stats, set(list(model.pages)[1:]))
+        model.compare(stats, dict(list(handles.items())[1:]))
     with pytest.raises(ModelMismatch, match="should not be"):
-        model.compare(stats, model.pages | {(3, 0, 0)})
+        model.compare(stats, handles | {(3, 0, 0): 7})
+    first, second, *_ = handles
+    with pytest.raises(ModelMismatch, match="what is shared differs"):
+        model.compare(stats, handles | {first: handles[second]})
     for wrong in (
         replace(stats, n_live_pages=stats.n_live_pages - 1),
         replace(stats, n_warm_pages=1),
@@ -60,9 +64,23 @@ def test_a_page_that_is_missing_or_too_many_is_a_mismatch(open_bench: OpenBench)
         replace(stats, n_free_pages=2),
     ):
         with pytest.raises(ModelMismatch, match="differ"):
-            model.compare(wrong, set(model.pages))
+            model.compare(wrong, handles)
     bench.retire_all()
     bench.close()
+
+
+def test_a_fork_shares_full_pages_and_has_the_others_for_itself() -> None:
+    model = make_model()  # rows of 1000 and 3000 bytes: 5 tokens fill one page of the first plane, three of the other
+    model.acquired(0, "")
+    model.ensured({0: 5})
+    assert model.n_shared_tokens(0) == 0
+    new = model.forked(0, 1, 5)
+    assert new == {(1, 0, 1), (1, 1, 3)}
+    assert model.n_mapped == len(model.pages) - 4
+    assert model.n_shared_tokens(0) == model.n_shared_tokens(1) == 5  # the fifth begins in the first plane's first page
+    model.truncated(1, 1)
+    assert model.n_shared_tokens(1) == 0
+    assert {page for page in model.pages if page[0] == 1} == {(1, 0, 0), (1, 1, 0)}
 
 
 def test_after_a_fault_a_sequence_must_have_all_its_pages() -> None:

@@ -4,7 +4,8 @@ The model is told every call with its outcome and keeps plain dictionaries; it s
 knows a layout only as rows of so many bytes. `compare` holds a cache's statistics and the driver's own table of
 mapped addresses against it.
 
-    page table    {(slot, plane, page index)}   found by walking over the bytes of every token, not by dividing
+    page table    {(slot, plane, page index): page}   found by walking over the bytes of every token, not by dividing
+                  a shared page stands in it more than once: how often is its reference count
     slots         cold | active | retired | warm | broken, with lengths, windows and domains
     the pool      owned, quarantined and free pages, and the budget
 
@@ -16,7 +17,8 @@ every slot without an owner has all of its pages or none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vmem_kv.stats import CacheStats
@@ -36,10 +38,11 @@ class ModelSlot:
     state: str = "cold"
     n_tokens: int = 0
     first_token: int = 0
-    n_mapped_tokens: int = 0  # the longest length that pages were mapped for
+    ends: list[int] = field(default_factory=list)  # per plane, the page behind the last one that was mapped
     domain: str = ""
     retired_at: int = 0
     is_broken: bool = False  # an unmap failed under it: it ends with its sequence
+    is_damaged: bool = False  # it lost pages of its sequence, which cannot grow any more
 
 
 @dataclass(slots=True)
@@ -62,15 +65,19 @@ class ReferenceModel:
     max_pages: int
     keep_freed: bool = False
     slots: list[ModelSlot] = field(default_factory=list)
-    pages: set[Page] = field(default_factory=set)
+    pages: dict[Page, int] = field(default_factory=dict)
+    """Which page of physical memory lies where, by a number of our own."""
     n_free: int = 0
     n_quarantined: int = 0
     clock: int = 0
+    doomed: set[int] = field(default_factory=set)
+    _n_frames: int = 0
     _fronts: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     _capacities: dict[int, int] = field(default_factory=dict)
+    _capacities_of_ends: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.slots = [ModelSlot() for _ in range(self.n_slots)]
+        self.slots = [ModelSlot(ends=[0] * len(self.row_bytes)) for _ in range(self.n_slots)]
 
     # What should happen
 
@@ -88,7 +95,12 @@ class ReferenceModel:
 
     def capacity(self, slot: int) -> int:
         """Tokens from the slot's front (mapped or given up) that end inside of its mapped pages."""
-        return self.capacity_of(self.slots[slot].n_mapped_tokens)
+        ends = self.slots[slot].ends
+        known = self._capacities_of_ends.get(tuple(ends))
+        if known is None:
+            fitting = (n for n in range(self.max_tokens + 1) if all(i < ends[plane] for plane, i in self.front(n)))
+            known = self._capacities_of_ends[tuple(ends)] = max(fitting)
+        return known
 
     def capacity_of(self, n_tokens: int) -> int:
         """The most tokens for which the pages of the first `n_tokens` are enough."""
@@ -111,8 +123,21 @@ class ReferenceModel:
         return {
             (slot, plane, index)
             for slot, n_tokens in lengths.items()
-            for plane, index in self.front(n_tokens) - self.front(self.slots[slot].n_mapped_tokens)
+            for plane, index in self.front(n_tokens)
+            if index >= self.slots[slot].ends[plane]
         }
+
+    def n_shared_tokens(self, slot: int) -> int:
+        """Tokens of which any byte lies in a page that another slot has too."""
+        shared = self._shared(slot)
+        rows = range(self.max_tokens)
+        touching = (
+            token + 1
+            for _, plane, index in shared
+            for token in rows
+            if token * self.row_bytes[plane] < (index + 1) * self.page_bytes
+        )
+        return max(touching, default=0)
 
     def reclaim_order(self) -> list[int]:
         """Warm slots, longest retired first."""
@@ -144,32 +169,31 @@ class ReferenceModel:
 
     def has_front(self, slot: int) -> bool:
         """Whether every page that was ever mapped under the slot's sequence is mapped still."""
-        return self._n_pages(slot) == len(self.front(self.slots[slot].n_mapped_tokens))
+        return self._n_pages(slot) == sum(self.slots[slot].ends)
 
     @property
     def n_owned(self) -> int:
         """Pages that the pool must own."""
-        return len(self.pages) + self.n_free + self.n_quarantined
+        return self.n_mapped + self.n_free + self.n_quarantined
+
+    @property
+    def n_mapped(self) -> int:
+        """Pages of physical memory that lie anywhere."""
+        return len(set(self.pages.values()))
 
     @property
     def n_available(self) -> int:
         """Pages that can be had without reclaiming."""
-        return self.max_pages - len(self.pages) - self.n_quarantined
+        return self.max_pages - self.n_mapped - self.n_quarantined
+
+    def n_givable(self, slot: int) -> int:
+        """Pages that come back when a slot's are unmapped."""
+        pages = {frame for page, frame in self.pages.items() if page[0] == slot} - self.doomed
+        return len(pages - {frame for page, frame in self.pages.items() if page[0] != slot})
 
     def plan_ensure(self, lengths: dict[int, int]) -> tuple[bool, list[int]]:
         """Whether a growth must succeed, and which warm slots it must reclaim on the way (also if it fails)."""
-        need, available = len(self.missing(lengths)), self.n_available
-        left = self.reclaim_order()
-        victims: list[int] = []
-        while need > available:
-            if not left:
-                return False, victims
-            n_freed, n_short = 0, need - available
-            while left and n_freed < n_short:
-                victims.append(left.pop(0))
-                n_freed += self._n_pages(victims[-1])
-            available += n_freed
-        return True, victims
+        return self._plan_pages(len(self.missing(lengths)), [])
 
     def plan_resize(self, max_pages: int) -> tuple[bool, list[int]]:
         """Whether a new budget must be accepted, and which warm slots are reclaimed for it."""
@@ -179,8 +203,10 @@ class ReferenceModel:
         if n_excess > sum(self._n_pages(slot) for slot in left):
             return False, []
         while n_excess > 0:
+            if not left:
+                return False, victims
             victims.append(left.pop(0))
-            n_excess -= self._n_pages(victims[-1])
+            n_excess -= self.n_givable(victims[-1])
         return True, victims
 
     # What did happen
@@ -202,17 +228,77 @@ class ReferenceModel:
 
     def premapped(self, lengths: dict[int, int]) -> None:
         """Sequences have the pages for these lengths now."""
-        new = self.missing(lengths)
-        self.n_free = max(0, self.n_free - len(new))
-        self.pages |= new
-        for slot, n_tokens in lengths.items():
-            self.slots[slot].n_mapped_tokens = max(self.slots[slot].n_mapped_tokens, n_tokens)
+        self._map_new(self.missing(lengths))
 
     def reclaimed(self, slots: Iterable[int]) -> None:
         """Warm slots were unmapped."""
         for slot in slots:
             self._free(slot)
             self.slots[slot].state = "cold"
+
+    def plan_fork(self, source: int, n_tokens: int) -> tuple[int | None, bool, list[int]]:
+        """Which slot a fork must take, whether it must succeed, and which warm slots it reclaims on the way."""
+        target = next(iter(self.best_slots(1, 0)), None)
+        if target is None:
+            return None, False, []
+        n_freed = self.n_givable(target)
+        fits, victims = self._plan_pages(len(self._copied(source, n_tokens)) - n_freed, [target])
+        return target, fits, victims
+
+    def forked(self, source: int, target: int, n_tokens: int) -> set[Page]:
+        """A sequence has the first tokens of another one; return its new pages."""
+        self._free(target)
+        copied = self._copied(source, n_tokens)
+        new = {(target, plane, index) for plane, index in copied}
+        state, origin = self.slots[target], self.slots[source]
+        state.state, state.n_tokens, state.domain, state.first_token = (
+            "active",
+            n_tokens,
+            origin.domain,
+            origin.first_token,
+        )
+        state.ends = [
+            max([0, *(i + 1 for p, i in self.front(n_tokens) if p == plane)]) for plane in range(len(self.row_bytes))
+        ]
+        for plane, index in self.front(n_tokens) - copied:
+            if (source, plane, index) in self.pages:
+                self.pages[target, plane, index] = self.pages[source, plane, index]
+        self._map_new(new)
+        return new
+
+    def plan_truncate(self, slot: int, n_tokens: int) -> tuple[bool, list[int]]:
+        """Whether a truncation must succeed, and which warm slots it reclaims."""
+        return self._plan_pages(len(self._replaced(slot, n_tokens)[1]), [])
+
+    def truncated(self, slot: int, n_tokens: int) -> None:
+        """A sequence is shorter, and has no shared page behind its end."""
+        gone, new = self._replaced(slot, n_tokens)
+        n_free = self.n_free
+        self._drop(gone)
+        for _, plane, index in gone:
+            self.slots[slot].ends[plane] = min(self.slots[slot].ends[plane], index)
+        n_freed, self.n_free = self.n_free - n_free, n_free  # new pages are taken before the old ones come free
+        self._map_new(new)
+        self.n_free += n_freed
+        self.slots[slot].n_tokens = n_tokens
+
+    def shared(self, target: int, source: int) -> None:
+        """A sequence has the full pages of another one instead of its own."""
+        n_tokens = self.slots[target].n_tokens
+        full = self.front(n_tokens) - self._copied(target, n_tokens)
+        both = [(p, i) for p, i in full if (target, p, i) in self.pages and (source, p, i) in self.pages]
+        for plane in range(len(self.row_bytes)):
+            # From the first one on that differs, as far as both of them have pages.
+            for index in sorted(i for p, i in both if p == plane):
+                if self.pages[target, plane, index] != self.pages[source, plane, index]:
+                    frame = self.pages[source, plane, index]
+                    self._drop({(target, plane, index)})
+                    self.pages[target, plane, index] = frame
+
+    def vacated(self, slot: int) -> None:
+        """A sequence has no tokens and no pages any more, and its slot still."""
+        self._free(slot)
+        self.slots[slot].n_tokens = 0
 
     def trimmed(self, n_pages: int) -> None:
         """Free pages were released."""
@@ -229,9 +315,7 @@ class ReferenceModel:
 
     def slide_fence_passed(self, slot: int, first_token: int) -> None:
         """The pages wholly before the window were unmapped."""
-        gone = self.before_window(slot, first_token)
-        self.pages -= gone
-        self.n_free += len(gone) if self.keep_freed else 0
+        self._drop(self.before_window(slot, first_token))
 
     def retired(self, slot: int) -> None:
         """A sequence ended; its fences have not passed yet."""
@@ -243,18 +327,28 @@ class ReferenceModel:
         state = self.slots[slot]
         state.retired_at = self.clock
         state.state = "warm" if self._n_pages(slot) else "cold"
-        if state.state == "cold" or state.is_broken:
+        if state.state == "cold" or state.is_broken or state.is_damaged or self._shared(slot):
             self._free(slot)
             state.state = "broken" if state.is_broken else "cold"
 
-    def broke_off(self, mapped: set[Page], broken: Iterable[int], n_free: int, n_quarantined: int) -> None:
+    def broke_off(
+        self,
+        mapped: Collection[Page],
+        stuck: Iterable[int],
+        n_free: int,
+        n_quarantined: int,
+        damaged: Collection[int] = (),
+        doomed: Collection[Page] = (),
+    ) -> None:
         """A call failed by an injected fault: take over what the contract leaves open, after checking it.
 
         Args:
             mapped: The pages that the driver has mapped and that are not stuck in quarantine.
-            broken: Slots under which an unmap failed.
+            stuck: Slots under which an unmap failed.
             n_free: Free pages in the pool.
             n_quarantined: Pages in quarantine.
+            doomed: Pages that also lie in a place where an unmap failed: with their last other place they are lost.
+            damaged: Slots that may lack pages at their end: those were being exchanged, and undoing it failed too.
 
         Raises:
             ModelMismatch: A sequence lost or gained a page, or a slot without an owner kept some of its pages only.
@@ -266,6 +360,12 @@ class ReferenceModel:
             after = {page for page in mapped if page[0] == slot}
             if after == before:
                 pass
+            elif slot in damaged and after < before:
+                state.is_damaged = True
+                for page in before - after:
+                    del self.pages[page]
+                    state.ends[page[1]] = min(state.ends[page[1]], page[2])
+                state.n_tokens = min(state.n_tokens, self.capacity(slot))
             elif state.state in ("active", "retired"):
                 raise ModelMismatch(f"slot {slot} is {state.state}, had pages {sorted(before)}, has {sorted(after)}")
             elif after:
@@ -274,29 +374,36 @@ class ReferenceModel:
                 self._unmap(slot)
                 state.state = "cold"
         self.n_free, self.n_quarantined = n_free, n_quarantined
-        for slot in broken:
+        self.doomed = {self.pages[page] for page in doomed}
+        for slot in stuck:
             self.slots[slot].is_broken = True
             if self.slots[slot].state == "cold":
                 self.slots[slot].state = "broken"
 
-    def compare(self, stats: CacheStats, mapped: set[Page]) -> None:
+    def compare(self, stats: CacheStats, mapped: Mapping[Page, int]) -> None:
         """Hold a cache against the model.
 
         Args:
             stats: The cache's snapshot; its cache is the only one on its pool.
-            mapped: The pages that the driver has mapped and that are not stuck in quarantine.
+            mapped: The handle of every page that the driver has mapped and that is not stuck in quarantine.
 
         Raises:
             ModelMismatch: They differ.
         """
-        if mapped != self.pages:
+        if mapped.keys() != self.pages.keys():
             raise ModelMismatch(
-                f"mapped but should not be: {sorted(mapped - self.pages)}; "
-                f"should be mapped: {sorted(self.pages - mapped)}"
+                f"mapped but should not be: {sorted(mapped.keys() - self.pages.keys())}; "
+                f"should be mapped: {sorted(self.pages.keys() - mapped.keys())}"
             )
+        pairs = {(frame, mapped[page]) for page, frame in self.pages.items()}
+        if not len(pairs) == len({frame for frame, _ in pairs}) == len({handle for _, handle in pairs}):
+            raise ModelMismatch(f"what is shared differs: (page of the model, handle) {sorted(pairs)}")
         by_state = dict.fromkeys(("active", "warm", "retired", "cold", "broken"), 0)
-        for slot, _, _ in self.pages:
-            by_state[self.slots[slot].state] += 1
+        counted: set[int] = set()
+        for state_name in ("active", "retired", "warm", "cold", "broken"):
+            frames = {f for (slot, _, _), f in self.pages.items() if self.slots[slot].state == state_name} - counted
+            by_state[state_name] = len(frames)
+            counted |= frames
         expected = {
             "n_live_pages": by_state["active"],
             "n_warm_pages": by_state["warm"],
@@ -306,6 +413,7 @@ class ReferenceModel:
             "n_owned_pages": self.n_owned,
             "n_in_flight_pages": 0,
             "n_elsewhere_pages": 0,
+            "n_saved_pages": len(self.pages) - self.n_mapped,
             "max_pages": self.max_pages,
             "live_bytes": sum(self.row_bytes)
             * sum(state.n_tokens - state.first_token for state in self.slots if state.state == "active"),
@@ -318,11 +426,66 @@ class ReferenceModel:
     def _n_pages(self, slot: int) -> int:
         return sum(page[0] == slot for page in self.pages)
 
+    def _own(self, slot: int) -> list[tuple[int, int]]:
+        return [(plane, index) for owner, plane, index in self.pages if owner == slot]
+
+    def _shared(self, slot: int) -> set[Page]:
+        """The pages of a slot that another has too."""
+        n_homes = Counter(self.pages.values())
+        return {page for page, frame in self.pages.items() if page[0] == slot and n_homes[frame] > 1}
+
+    def _copied(self, source: int, n_tokens: int) -> set[tuple[int, int]]:
+        """The pages that the first tokens fill in part: a fork has its own there."""
+        return {
+            (plane, index)
+            for plane, index in self.front(n_tokens)
+            if (index + 1) * self.page_bytes > n_tokens * self.row_bytes[plane]
+        }
+
+    def _replaced(self, slot: int, n_tokens: int) -> tuple[set[Page], set[Page]]:
+        """What goes and what is new where shared pages lie behind a new end."""
+        gone: set[Page] = set()
+        shared, kept, partial = self._shared(slot), self.front(n_tokens), self._copied(slot, n_tokens)
+        for plane in range(len(self.row_bytes)):
+            own = {(slot, p, i) for p, i in self._own(slot) if p == plane}
+            behind = {page for page in own if page[1:] not in kept or page[1:] in partial}
+            if behind & shared:
+                gone |= behind
+        return gone, {(slot, p, i) for p, i in partial if (slot, p, i) in gone}
+
+    def _plan_pages(self, need: int, taken: list[int]) -> tuple[bool, list[int]]:
+        """Whether so many pages can be had, and which warm slots are reclaimed for it; `taken` ones are no more."""
+        available = self.n_available
+        left = [slot for slot in self.reclaim_order() if slot not in taken]
+        victims: list[int] = []
+        while need > available:
+            if not left:
+                return False, victims
+            n_freed, n_short = 0, need - available
+            while left and n_freed < n_short:
+                victims.append(left.pop(0))
+                n_freed += self.n_givable(victims[-1])
+            available += n_freed
+        return True, victims
+
+    def _map_new(self, pages: Iterable[Page]) -> None:
+        for slot, plane, index in pages:
+            self._n_frames += 1
+            self.pages[slot, plane, index] = self._n_frames
+            self.slots[slot].ends[plane] = max(self.slots[slot].ends[plane], index + 1)
+            self.n_free = max(0, self.n_free - 1)
+
+    def _drop(self, pages: Iterable[Page]) -> None:
+        """Take pages from under slots; what lies nowhere any more is free."""
+        gone = {self.pages.pop(page) for page in list(pages)} - set(self.pages.values())
+        self.n_quarantined += len(gone & self.doomed)
+        self.n_free += len(gone - self.doomed) if self.keep_freed else 0
+
     def _free(self, slot: int) -> None:
-        self.n_free += self._n_pages(slot) if self.keep_freed else 0
+        self._drop([page for page in self.pages if page[0] == slot])
         self._unmap(slot)
 
     def _unmap(self, slot: int) -> None:
-        self.pages = {page for page in self.pages if page[0] != slot}
+        self.pages = {page: frame for page, frame in self.pages.items() if page[0] != slot}
         state = self.slots[slot]
-        state.first_token = state.n_mapped_tokens = 0
+        state.first_token, state.ends, state.is_damaged = 0, [0] * len(self.row_bytes), False

@@ -132,7 +132,7 @@ class Run:
         self.n_ops = self.n_faults = self.n_sequences = self.n_mapped = 0
         self._sequences: dict[int, int] = {}  # by slot
         self._n_calls = -1
-        self._mapped: set[Page] = set()
+        self._mapped: dict[Page, int] = {}
         self._page_of: dict[int, Page] = {}
         self._zeros = bytes(self.page_bytes)
 
@@ -160,14 +160,17 @@ class Run:
         self._begin("ensure", (lengths,), fault)
         slots = self.model.slots
         grows = any(n > self.model.capacity(s) for s, n in lengths.items())
-        is_broken = any(slots[s].is_broken and n > self.model.capacity(s) for s, n in lengths.items())
+        is_broken = any(
+            (slots[s].is_broken or slots[s].is_damaged) and n > self.model.capacity(s) for s, n in lengths.items()
+        )
+        is_shared = any(n < slots[s].n_tokens and n < self.model.n_shared_tokens(s) for s, n in lengths.items())
         fits, victims = self.model.plan_ensure(lengths)
         before = {slot: slots[slot].n_tokens for slot in lengths}
         fresh: set[Page] = set()
         try:
             self.cache.ensure({SlotId(s): n for s, n in lengths.items()})
         except UsageError:
-            _require(is_broken, "a sequence that is whole was refused")
+            _require(is_broken or is_shared, "a sequence that is whole was refused")
         except OutOfPages:
             _require(not fits, "the pages were there")
             if not self.is_faulted:
@@ -177,6 +180,7 @@ class Run:
         else:
             _require(fits, "there were not so many pages")
             _require(not is_broken or not grows, "a broken slot has grown")
+            _require(not is_shared, "a sequence may write what it shares")
             fresh = self.model.missing(lengths)
             if self.is_faulted:  # a fault that ensure could get around; take over what it reclaimed on the way
                 victims = [s for s in self.model.reclaim_order() if self.cache._slots.state[s].value != "warm"]
@@ -190,7 +194,8 @@ class Run:
     def premap(self, lengths: dict[int, int], fault: Fault = None) -> None:
         """Map ahead."""
         self._begin("premap", (lengths,), fault)
-        whole = {s: n for s, n in lengths.items() if not self.model.slots[s].is_broken}
+        states = self.model.slots
+        whole = {s: n for s, n in lengths.items() if not (states[s].is_broken or states[s].is_damaged)}
         fresh = self.model.missing(whole)
         try:
             n_pages = self.cache.premap({SlotId(s): n for s, n in lengths.items()})
@@ -204,6 +209,76 @@ class Run:
             _require(n_pages == len(fresh) <= self.model.n_available, f"{n_pages} pages, not {len(fresh)}")
             self.model.premapped(whole)
         self._end(fresh)
+
+    def fork(self, source: int, n_tokens: int, fault: Fault = None) -> None:
+        """Begin another sequence with the first tokens of this one."""
+        self._begin("fork", (source, n_tokens), fault)
+        target, fits, victims = self.model.plan_fork(source, n_tokens)
+        new: set[Page] = set()
+        try:
+            slot = self.cache.fork(SlotId(source), n_tokens)
+        except OutOfSlots:
+            _require(target is None or self.is_faulted, f"slot {target} is free")
+        except OutOfPages:
+            _require(not fits, "the pages were there")
+            if not self.is_faulted:
+                self.model.reclaimed([*([] if target is None else [target]), *victims])
+        except DriverError:
+            _require(self.is_faulted, "a driver error without a fault")
+        else:
+            _require(slot == target and fits, f"slot {slot} was taken, not {target}")
+            if self.is_faulted:
+                warm = (s for s in self.model.reclaim_order() if s != slot)
+                victims = [s for s in warm if self.cache._slots.state[s].value != "warm"]
+            self.model.reclaimed(victims)
+            new = self.model.forked(source, slot, n_tokens)
+            self.n_sequences += 1
+            self._sequences[slot] = self.n_sequences
+            self.tags.fork(source, slot, n_tokens)
+        self._end()
+        self._require_zero(new, behind=n_tokens)
+
+    def truncate(self, slot: int, n_tokens: int, fault: Fault = None) -> None:
+        """Shorten a sequence, also where it is shared."""
+        self._begin("truncate", (slot, n_tokens), fault)
+        fits, victims = self.model.plan_truncate(slot, n_tokens)
+        try:
+            self.cache.truncate(SlotId(slot), n_tokens, PASSED)
+        except OutOfPages:
+            _require(not fits, "the pages were there")
+            if not self.is_faulted:
+                self.model.reclaimed(victims)
+        except DriverError:
+            _require(self.is_faulted, "a driver error without a fault")
+        else:
+            _require(fits, "there were not so many pages")
+            if self.is_faulted:
+                victims = [s for s in self.model.reclaim_order() if self.cache._slots.state[s].value != "warm"]
+            self.model.reclaimed(victims)
+            self.model.truncated(slot, n_tokens)
+        self._end()
+
+    def share(self, target: int, source: int, fault: Fault = None) -> None:
+        """Let a sequence go on from another one's tokens, as many as it has."""
+        self._begin("share", (target, source), fault)
+        n_tokens = self.model.slots[target].n_tokens
+        try:
+            self.cache.share({SlotId(target): SlotId(source)}, n_tokens, PASSED)
+        except DriverError:
+            _require(self.is_faulted, "a driver error without a fault")
+        else:
+            self.model.shared(target, source)
+            self.base.copy(self.cache._tail_copies(SlotId(source), SlotId(target), n_tokens))
+            self.tags.fork(source, target, n_tokens)
+        self._end()
+
+    def vacate(self, slot: int, fault: Fault = None) -> None:
+        """Give back all pages of a sequence, which goes on from nothing."""
+        self._begin("vacate", (slot,), fault)
+        self.model.vacated(slot)
+        self.fences = {number: fence for number, fence in self.fences.items() if fence[0] != slot}
+        self._may_break_off(lambda: self.cache.vacate(SlotId(slot), PASSED))
+        self._end()
 
     def slide(self, slot: int, first_token: int, fence: int | None, fault: Fault = None) -> None:
         """Give up the tokens before one, behind a fence of this number or at once."""
@@ -254,7 +329,7 @@ class Run:
             if n_expected >= n_pages:
                 break
             victims.append(slot)
-            n_expected += sum(page[0] == slot for page in self.model.pages)
+            n_expected += self.model.n_givable(slot)
         try:
             n_freed = self.cache.reclaim(n_pages)
         except DriverError:
@@ -279,6 +354,8 @@ class Run:
             self.pool.resize(max_pages)
         except OutOfPages:
             _require(not fits or self.is_faulted, "the budget covers what is in use")
+            if not self.is_faulted:
+                self.model.reclaimed(victims)
         except DriverError:
             _require(self.is_faulted, "a driver error without a fault")
         else:
@@ -321,8 +398,13 @@ class Run:
         if name == "slide":
             slot, first_token = arguments[:2]
             return slot in live and slots[slot].first_token < first_token <= slots[slot].n_tokens
-        if name == "retire":
+        if name in ("retire", "vacate"):
             return arguments[0] in live
+        if name in ("fork", "truncate"):
+            slot, n_tokens = arguments
+            return slot in self.whole() and slots[slot].first_token <= n_tokens <= slots[slot].n_tokens
+        if name == "share":
+            return arguments[1] in self.sharers(arguments[0])
         return name != "pass_fence" or arguments[0] in self.fences
 
     def do(self, operation: Operation) -> None:
@@ -347,6 +429,24 @@ class Run:
     def live(self) -> list[int]:
         """Slots that belong to sequences."""
         return [slot for slot, state in enumerate(self.model.slots) if state.state == "active"]
+
+    def whole(self) -> list[int]:
+        """Slots that belong to sequences which can grow."""
+        slots = self.model.slots
+        return [slot for slot in self.live() if not (slots[slot].is_broken or slots[slot].is_damaged)]
+
+    def sharers(self, target: int) -> list[int]:
+        """Slots from which a sequence could go on."""
+        slots = self.model.slots
+        return [
+            slot
+            for slot in self.whole()
+            if slot != target
+            and target in self.whole()
+            and slots[slot].domain == slots[target].domain
+            and slots[slot].n_tokens >= slots[target].n_tokens
+            and slots[slot].first_token == slots[target].first_token == 0
+        ]
 
     def n_broken(self) -> int:
         """Slots that are lost, or will be when their sequence ends."""
@@ -406,7 +506,12 @@ class Run:
         stats = self.cache.stats()
         if self.is_faulted:
             self.n_faults += len(self.faulty.faults)
-            self.model.broke_off(mapped, self.cache.region.broken, stats.n_free_pages, stats.n_quarantined_pages)
+            region = self.cache.region
+            stuck = {found.slot_id for found in region._stuck}
+            handles = {handle for found in region._stuck for handle in found.range[1]}
+            doomed = [page for page, handle in mapped.items() if handle in handles]
+            free_and_lost = (stats.n_free_pages, stats.n_quarantined_pages)
+            self.model.broke_off(mapped, stuck, *free_and_lost, region._damaged, doomed)
         self.model.compare(stats, mapped)
         if not is_quiet or not self.n_ops % 8:  # without a driver call, states and lengths alone have changed
             self.cache.check()
@@ -424,7 +529,7 @@ class Run:
         held = (self.pool.n_owned * self.page_bytes, self.pool.n_mappings)
         _require(counted == held, f"the ledger counts (bytes, mappings) {counted}, the pool holds {held}")
 
-    def _mapped_pages(self) -> set[Page]:
+    def _mapped_pages(self) -> dict[Page, int]:
         """What the driver has mapped, by its own books, without pages that are stuck in quarantine."""
         n_calls = sum(self.faulty.calls.values())
         if n_calls == self._n_calls:
@@ -432,7 +537,8 @@ class Run:
         self._n_calls = n_calls
         step = self.page_bytes
         stuck = {a for s in self.cache.region._stuck for a in range(s.range[0][0], sum(s.range[0]), step)}
-        self._mapped = {self._page_at(address) for address in self.driver._mapped if address not in stuck}
+        mapped = self.driver._mapped.items()
+        self._mapped = {self._page_at(address): handle for address, handle in mapped if address not in stuck}
         return self._mapped
 
     def _page_at(self, address: int) -> Page:
@@ -445,16 +551,18 @@ class Run:
             page = self._page_of[address] = (slot, index, inside // self.page_bytes)
         return page
 
-    def _require_zero(self, pages: Iterable[Page]) -> None:
+    def _require_zero(self, pages: Iterable[Page], *, behind: int = 0) -> None:
+        """Pages must be zero, but for rows before `behind`."""
         wanted = set(pages)
-        missing = wanted - self._mapped_pages()  # to touch one would end the process
+        missing = wanted - self._mapped_pages().keys()  # to touch one would end the process
         _require(not missing, f"pages {sorted(missing)} are not mapped")
         for slot, plane_index, index in wanted:
             self.n_mapped += 1
             plane = self.layout.planes[plane_index]
             start = self.cache.region.reservation.base + plane.base_bytes + slot * plane.span_bytes
             data = self.memory.read(start + index * self.page_bytes, self.page_bytes)
-            _require(data == self._zeros, f"page {(slot, plane_index, index)} shows old bytes")
+            n_bytes = max(behind * plane.token_bytes - index * self.page_bytes, 0)
+            _require(data[n_bytes:] == self._zeros[n_bytes:], f"page {(slot, plane_index, index)} shows old bytes")
 
     def _is_waiting(self, slot: int) -> bool:
         return any(waiting == slot for waiting, _, _ in self.fences.values())
@@ -476,6 +584,8 @@ def step(run: Run, choose: random.Random, fault_share: float = 0.15) -> None:
         run.acquire_adjacent(choose.choice((2, 2, 3)), choose.choice((0, 5, 20, 48)), choose.choice("ab"), fault)
     elif not live or kind < 0.13:
         run.acquire(choose.choice((0, 1, 5, 20, 48)), choose.choice("ab"), fault)
+    elif kind < 0.23:
+        _step_of_sharing(run, live, choose, fault)
     elif kind < 0.55:
         slots = choose.sample(live, choose.randint(1, min(3, len(live))))
         run.ensure({slot: _length(run, slot, choose) for slot in slots}, fault)
@@ -498,6 +608,24 @@ def step(run: Run, choose: random.Random, fault_share: float = 0.15) -> None:
         run.trim(choose.randint(1, 8), fault)
     else:
         run.resize(choose.randint(10, 60), fault)
+
+
+def _step_of_sharing(run: Run, live: Sequence[int], choose: random.Random, fault: Fault) -> None:
+    """Fork mostly, and do to what is shared all that could hurt it."""
+    kind, whole, slots = choose.random(), run.whole(), run.model.slots
+    if kind < 0.1:
+        run.vacate(choose.choice(live), fault)
+    elif whole:
+        slot = choose.choice(whole)
+        state = slots[slot]
+        sources = run.sharers(slot)
+        if kind < 0.2 and sources:
+            run.share(slot, choose.choice(sources), fault)
+        elif kind < 0.4:
+            run.truncate(slot, choose.randint(state.first_token, state.n_tokens), fault)
+        else:
+            n_tokens = state.n_tokens if choose.random() < 0.5 else choose.randint(state.first_token, state.n_tokens)
+            run.fork(slot, n_tokens, fault)
 
 
 def _length(run: Run, slot: int, choose: random.Random) -> int:

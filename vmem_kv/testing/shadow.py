@@ -145,6 +145,10 @@ class ShadowTags:
         expected[..., 1] = self._owners | self._generations[slot, first:end]
         self._memory.store(self._index[slot, first:end], expected)
 
+    def fork(self, source: int, target: int, end: int) -> None:
+        """Expect in a slot the rows `[0, end)` of another one, as they are: they were copied or are the same memory."""
+        self._expected[target, :end] = self._expected[source, :end]
+
     def verify(self, slot: int, first: int, end: int) -> None:
         """Look at the rows `[first, end)` of a slot, all of which were written.
 
