@@ -1,0 +1,92 @@
+"""Mistakes in sharing are found by the random operations: by the model, the tags, or the cache's own check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from vmem_kv.cache import KVCache
+from vmem_kv.region import Region, Rewiring
+from vmem_kv.shares import Gone, Shares
+from vmem_kv.testing.operations import Found, random_run
+
+from .drivers import open_driver
+
+Mistake = Callable[[pytest.MonkeyPatch], None]
+
+
+def aliases_the_tail(patch: pytest.MonkeyPatch) -> None:
+    """A fork has its source's last page as well, instead of a copy: the next token of one is seen by the other."""
+
+    def changes(self: KVCache, source: int, target: int, n_tokens: int) -> list[Rewiring]:
+        rows = zip(self.layout.planes, self.region._handles[source], strict=True)
+        n_pages = [-(-n_tokens * plane.token_bytes // self.layout.page_bytes) for plane in self.layout.planes]
+        return [
+            Rewiring(target, i, 0, list(handles[:n]))  # type: ignore[arg-type]
+            for i, ((_, handles), n) in enumerate(zip(rows, n_pages, strict=True))
+        ]
+
+    patch.setattr(KVCache, "_changes_of_fork", changes)
+    patch.setattr(KVCache, "_tail_copies", lambda *_: [])
+
+
+def copies_no_tail(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCache, "_tail_copies", lambda *_: [])
+
+
+def lets_shared_slots_be_adopted(patch: pytest.MonkeyPatch) -> None:
+    """The next owner of the slot writes what somebody else still reads."""
+    patch.setattr(Region, "is_shared", lambda *_: False)
+
+
+def truncates_into_shared_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCache, "_changes_of_truncate", lambda *_: [])
+
+
+def lets_a_length_shrink_into_shared_pages(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCache, "_n_shared_tokens", lambda *_: 0)
+
+
+def gives_pages_that_others_have(patch: pytest.MonkeyPatch) -> None:
+    original = Shares.drop
+
+    def drop(self: Shares, handles: list[int]) -> Gone:
+        wanted = list(handles)
+        original(self, wanted)  # type: ignore[arg-type]
+        return Gone(wanted, [])  # type: ignore[arg-type]
+
+    patch.setattr(Shares, "drop", drop)
+
+
+def forgets_a_holder(patch: pytest.MonkeyPatch) -> None:
+    """An alias is not counted: its source takes the page with it."""
+    patch.setattr(Shares, "alias", lambda *_: None)
+
+
+def keeps_a_page_nobody_has(patch: pytest.MonkeyPatch) -> None:
+    original = Shares.drop
+
+    def drop(self: Shares, handles: list[int]) -> Gone:
+        return Gone(original(self, handles).free[1:], [])  # type: ignore[arg-type]
+
+    patch.setattr(Shares, "drop", drop)
+
+
+MISTAKES = (
+    aliases_the_tail,
+    copies_no_tail,
+    lets_shared_slots_be_adopted,
+    truncates_into_shared_pages,
+    lets_a_length_shrink_into_shared_pages,
+    gives_pages_that_others_have,
+    forgets_a_holder,
+    keeps_a_page_nobody_has,
+)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_random_operations_find_a_mistake_in_sharing(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake(monkeypatch)
+    with pytest.raises(Found):
+        random_run(7, 20_000, open_driver("native"), fault_share=0.0)
