@@ -28,10 +28,10 @@ from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddr
 from vmem_kv.growth import SlotId, plan_growth
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
-from vmem_kv.region import Region, Rewiring
+from vmem_kv.region import Region
+from vmem_kv.sharing import Rewiring, plan_fork, plan_share, plan_truncate, shared_tokens, tail_copies, tails_of
 from vmem_kv.slots import SlotState, SlotTable
 from vmem_kv.stats import CacheStats, SlotStats
-from vmem_kv.units import ceil_div
 
 STALL_TIMEOUT_S = 60.0
 """How long a call waits for another thread's driver call on the same slot before it gives up."""
@@ -230,8 +230,8 @@ class KVCache:
                 changes: list[Rewiring] = []
                 copies: list[Copy] = []
                 for source, target, length in zip(sources, targets, lengths, strict=True):
-                    changes += self._changes_of_fork(source, target, length)
-                    copies += self._tail_copies(source, target, length)
+                    changes += plan_fork(self.layout, self.region.rows(source), target, length)
+                    copies += tail_copies(self.layout, self.region.reservation.base, source, target, length)
 
                 def commit() -> None:
                     for source, target, length in zip(sources, targets, lengths, strict=True):
@@ -272,13 +272,15 @@ class KVCache:
                         f"truncate to {n_tokens} tokens of a sequence that has {slots.n_tokens[slot_id]} (from "
                         f"{slots.first_token.get(slot_id, 0)} on)"
                     )
-                changes = self._changes_of_truncate(slot_id, n_tokens)
+                changes = plan_truncate(self.layout, self.region.shared_ends(slot_id), slot_id, n_tokens)
                 if not changes:
                     slots.n_tokens[slot_id] = n_tokens
                     return
             (fence or self.fence()).wait()
             driver = self.pool.driver
-            kept = [(address, bytearray(n_bytes)) for address, n_bytes in self._tails(slot_id, n_tokens, changes)]
+            tails = tails_of(self.layout, self.region.reservation.base, slot_id, n_tokens)
+            replaced = [tails[change.plane_index] for change in changes if change.handles]
+            kept = [(address, bytearray(n_bytes)) for address, n_bytes in replaced]
             for address, kept_bytes in kept:
                 driver.copy_to_host(address, memoryview(kept_bytes)).wait()
 
@@ -318,7 +320,12 @@ class KVCache:
                         raise UsageError(
                             f"slot {target} has {slots.n_tokens[target]} tokens, not {n_tokens}; truncate it first"
                         )
-                changes = [c for t, s in sources.items() for c in self._changes_of_share(s, t, n_tokens)]
+                rows = self.region.rows
+                changes = [
+                    change
+                    for target, source in sources.items()
+                    for change in plan_share(self.layout, rows(source), target, rows(target), n_tokens)
+                ]
             if not changes:
                 return
             (fence or self.fence()).wait()
@@ -366,7 +373,9 @@ class KVCache:
                 )
             return [
                 (start + first_token * plane.token_bytes, (end_token - first_token) * plane.token_bytes)
-                for plane, start in zip(self.layout.planes, self._starts(slot_id), strict=True)
+                for plane, start in zip(
+                    self.layout.planes, self.layout.starts(self.region.reservation.base, slot_id), strict=True
+                )
             ]
 
     def shared_tokens(self, slot_id: SlotId) -> int:
@@ -687,70 +696,6 @@ class KVCache:
                 )
         return lengths
 
-    def _changes_of_fork(self, source: SlotId, target: SlotId, n_tokens: int) -> list[Rewiring]:
-        """Every full page of the source, and a page of the target's own for what is left."""
-        changes = []
-        for plane_index, (plane, row) in enumerate(zip(self.layout.planes, self.region.row(source), strict=True)):
-            first, handles = row
-            n_full = max(n_tokens * plane.token_bytes // self.layout.page_bytes - first, 0)
-            n_pages = max(ceil_div(n_tokens * plane.token_bytes, self.layout.page_bytes) - first, 0)
-            shared: list[Handle | None] = [*handles[:n_full], *[None] * (n_pages - n_full)]
-            changes.append(Rewiring(target, plane_index, first, shared))
-        return changes
-
-    def _changes_of_share(self, source: SlotId, target: SlotId, n_tokens: int) -> list[Rewiring]:
-        """The target's full pages from the first one on that differs, and what it has behind them as it is."""
-        changes = []
-        rows = zip(self.layout.planes, self.region.row(source), self.region.row(target), strict=True)
-        for plane_index, (plane, (first, theirs), (own_first, own)) in enumerate(rows):
-            end = n_tokens * plane.token_bytes // self.layout.page_bytes
-            differing = (i for i in range(max(first, own_first), end) if theirs[i - first] != own[i - own_first])
-            start = next(differing, None)
-            if start is not None:
-                handles = [*theirs[start - first : end - first], *own[end - own_first :]]
-                changes.append(Rewiring(target, plane_index, start, handles))
-        return changes
-
-    def _changes_of_truncate(self, slot_id: SlotId, n_tokens: int) -> list[Rewiring]:
-        """Where shared pages lie behind the end: nothing from there on, but a page of its own for what is left."""
-        changes = []
-        for plane_index, plane in enumerate(self.layout.planes):
-            n_full, n_left_bytes = divmod(n_tokens * plane.token_bytes, self.layout.page_bytes)
-            if self.region.shared_end(slot_id, plane_index) > n_full:
-                changes.append(Rewiring(slot_id, plane_index, n_full, [None] if n_left_bytes else []))
-        return changes
-
-    def _tails(self, slot_id: SlotId, n_tokens: int, changes: Sequence[Rewiring]) -> list[Span]:
-        """Where the new pages of changes begin, and how many bytes of the first `n_tokens` are in them."""
-        starts, page_bytes = self._starts(slot_id), self.layout.page_bytes
-        return [
-            (starts[c.plane_index] + c.first * page_bytes, n_tokens * plane.token_bytes - c.first * page_bytes)
-            for c in changes
-            for plane in [self.layout.planes[c.plane_index]]
-            if c.handles
-        ]
-
-    def _tail_copies(self, source: SlotId, target: SlotId, n_tokens: int) -> list[Copy]:
-        """What is left behind the full pages, in every plane."""
-        copies = []
-        places = zip(self.layout.planes, self._starts(source), self._starts(target), strict=True)
-        for plane, source_start, target_start in places:
-            n_bytes = n_tokens * plane.token_bytes
-            n_left_bytes = n_bytes % self.layout.page_bytes
-            if n_left_bytes:
-                offset = n_bytes - n_left_bytes
-                copies.append(Copy(source_start + offset, target_start + offset, n_left_bytes))
-        return copies
-
-    def _starts(self, slot_id: SlotId) -> list[int]:
-        """Per plane, the address of a slot's first token."""
-        base = self.region.reservation.base
-        return [base + plane.base_bytes + slot_id * plane.span_bytes for plane in self.layout.planes]
-
-    def _n_shared_tokens(self, slot_id: SlotId) -> int:
-        ends = (self.region.shared_end(slot_id, i) * self.layout.page_bytes for i in range(len(self.layout.planes)))
-        return max(ceil_div(end, plane.token_bytes) for end, plane in zip(ends, self.layout.planes, strict=True))
-
     def _distinct_by_state(self) -> dict[SlotState, int]:
         """Pages by their slots' state; a shared one in the state that keeps it longest. The caller holds the lock."""
         counts = dict.fromkeys(SlotState, 0)
@@ -880,11 +825,16 @@ class KVCache:
         if broken:
             raise UsageError(f"an unmap failed under slots {sorted(broken)}; retire them, they cannot grow any more")
 
+    def _n_shared_tokens(self, slot_id: SlotId) -> int:
+        return shared_tokens(self.layout, self.region.shared_ends(slot_id))
+
     def _check_shared(self, slot_id: SlotId) -> None:
         """Verify that nobody will write what is shared. The caller holds the lock."""
         state, n_tokens = self._slots.state[slot_id], self._slots.n_tokens.get(slot_id, 0)
         if state is SlotState.ACTIVE and self._n_shared_tokens(slot_id) > n_tokens:
-            raise InvariantError(f"slot {slot_id} of {n_tokens} tokens shares {self._n_shared_tokens(slot_id)}")
+            raise InvariantError(
+                f"slot {slot_id} of {n_tokens} tokens shares {self._n_shared_tokens(slot_id)}"
+            )
         if state is SlotState.WARM and self.region.is_shared(slot_id):
             raise InvariantError(f"slot {slot_id} is to be adopted, and shares pages")
 
@@ -894,7 +844,9 @@ class KVCache:
                 raise UsageError(
                     f"slot {slot_id}: length {n_tokens} is negative or lies before the tokens that slide gave up"
                 )
-            if n_tokens < self._slots.n_tokens[slot_id] and n_tokens < self._n_shared_tokens(slot_id):
+            if n_tokens < self._slots.n_tokens[slot_id] and n_tokens < shared_tokens(
+                self.layout, self.region.shared_ends(slot_id)
+            ):
                 raise UsageError(
                     f"slot {slot_id}: length {n_tokens} lies within pages that another sequence has too; truncate it"
                 )

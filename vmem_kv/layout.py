@@ -162,6 +162,10 @@ class Layout:
         """Bytes that one token adds over all planes."""
         return sum(plane.token_bytes for plane in self.planes)
 
+    def starts(self, base: int, slot_id: int) -> list[int]:
+        """The address of a slot's first token in every plane of a region that begins at `base`."""
+        return [base + plane.base_bytes + slot_id * plane.span_bytes for plane in self.planes]
+
     def n_pages(self, n_tokens: int) -> int:
         """Pages behind the first `n_tokens` tokens of one slot."""
         return sum(ceil_div(n_tokens * plane.token_bytes, self.page_bytes) for plane in self.planes)

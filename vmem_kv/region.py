@@ -25,6 +25,7 @@ from vmem_kv.growth import GrowthPlan, PageRange, Run, SlotId
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
 from vmem_kv.shares import Shares
+from vmem_kv.sharing import Rewiring, Row
 
 _Range = tuple[Span, list[Handle]]
 """A contiguous virtual range and the pages in it."""
@@ -39,14 +40,18 @@ class _Stuck(NamedTuple):
     is_certain: bool  # whether it is mapped at all
 
 
-class Rewiring(NamedTuple):
-    """What shall lie under one slot in one plane from some page on, instead of what lies there now."""
+class Rewired(NamedTuple):
+    """What was exchanged, and what it replaced, which is kept to be put back. `keep` or `take_back` ends it."""
 
-    slot_id: SlotId
-    plane_index: int
-    first: int
-    handles: Sequence[Handle | None]
-    """Pages that this region maps already, in the same plane at the same index; None for a new page."""
+    changes: Sequence[Rewiring]
+    plan: GrowthPlan
+    handles: list[Handle]
+    old_plan: GrowthPlan
+    old_handles: list[Handle]
+    empty: list[tuple[Rewiring, PageRange]]
+    """Changes of what had no pages, and where it had them last."""
+    n_mappings: int
+    """What is charged for these rows: enough for either."""
 
 
 class Region:
@@ -84,29 +89,31 @@ class Region:
         """Tokens, counted from the slot's start, that end inside its mapped pages."""
         return self.layout.token_capacity([end for _, end in self.mapped[slot_id]])
 
-    def row(self, slot_id: SlotId) -> list[tuple[int, list[Handle]]]:
-        """Per plane, the index of the first mapped page and the pages from there on; do not change them."""
-        firsts = (first for first, _ in self.mapped[slot_id])
-        return list(zip(firsts, self._handles[slot_id], strict=True))
+    def rows(self, slot_id: SlotId) -> list[Row]:
+        """The pages under a slot, per plane; do not change them."""
+        ranges = zip(self.mapped[slot_id], self._handles[slot_id], strict=True)
+        return [Row(first, handles) for (first, _), handles in ranges]
 
     def has_front(self, slot_id: SlotId) -> bool:
         """Whether no plane's first pages were given up."""
         return all(first == 0 for first, _ in self.mapped[slot_id])
 
-    def shared_end(self, slot_id: SlotId, plane_index: int) -> int:
-        """The page of a plane behind the last one that also lies under another slot; 0 if none does.
+    def shared_ends(self, slot_id: SlotId) -> list[int]:
+        """Per plane, the page behind the last one that also lies under another slot; 0 if none does.
 
         The caller holds the pool's lock.
         """
-        first, end = self.mapped[slot_id][plane_index]
-        handles = self._handles[slot_id][plane_index]
-        while end > first and not self.shares.is_shared(handles[end - first - 1]):
-            end -= 1
-        return end if end > first else 0
+        ends = []
+        for first, handles in self.rows(slot_id):
+            n_pages = len(handles)
+            while n_pages and not self.shares.is_shared(handles[n_pages - 1]):
+                n_pages -= 1
+            ends.append(first + n_pages if n_pages else 0)
+        return ends
 
     def is_shared(self, slot_id: SlotId) -> bool:
         """Whether a slot has pages that also lie under another. The caller holds the pool's lock."""
-        return bool(self.shares) and any(self.shared_end(slot_id, i) for i in range(len(self.layout.planes)))
+        return bool(self.shares) and any(self.shared_ends(slot_id))
 
     def distinct_pages(self, slot_ids: Iterable[SlotId]) -> set[Handle]:
         """The pages under some slots, each of them once. The caller holds the pool's lock."""
@@ -129,9 +136,16 @@ class Region:
             raise
 
     def rewire(self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]) -> None:
+        """Replace what lies under slots from some page on, for good. See `begin_rewire`."""
+        self.keep(self.begin_rewire(changes, fill, commit))
+
+    def begin_rewire(
+        self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]
+    ) -> Rewired:
         """Replace what lies under slots from some page on, by pages that lie under others or by new ones.
 
-        Nothing on the device may touch what is replaced.
+        Nothing on the device may touch what is replaced. `keep` or `take_back` must follow, with nothing in between
+        that uses these slots.
 
         Args:
             changes: At most one per slot and plane.
@@ -158,11 +172,54 @@ class Region:
         except BaseException:
             self._let_go(new)
             raise
+        n_needed = 0
         try:
-            self._exchange(changes, plan, handles, new_places[:n_used], fill, commit)
+            rewired = self._exchange(changes, plan, handles, new_places[:n_used], fill, commit)
+            n_needed = n_mappings
         finally:
             with self.pool.lock:
-                self.pool.forget_mappings(n_charged + n_mappings - self._count_mappings_of(changes))
+                n_needed = max(n_needed, self._count_mappings_of(changes))
+                self.pool.forget_mappings(n_charged + n_mappings - n_needed)
+        return rewired._replace(n_mappings=n_needed)
+
+    def keep(self, rewired: Rewired) -> None:
+        """Let go of what was replaced. A page that cannot be released is counted as lost."""
+        self._refund_spare(rewired)
+        with contextlib.suppress(VmemError):  # it is done
+            self._let_go(rewired.old_handles)
+
+    def take_back(self, rewired: Rewired) -> None:
+        """Put back what was replaced. Nothing on the device may touch what replaced it.
+
+        Raises:
+            DriverError: The slots are broken: they have neither, or each other's pages.
+        """
+        changes, plan, handles, old_plan, old_handles, empty, _ = rewired
+        slot_ids = {change.slot_id for change in changes}
+        with self.pool.lock:
+            self.shares.alias(handles)  # so that they stay ours while they are cut off
+        try:
+            try:
+                self._cut(changes, plan, handles)
+            except BaseException:
+                with self.pool.lock:
+                    self._damaged |= slot_ids
+                self._let_go(old_handles)
+                raise
+            self._put_back(old_plan, old_handles)
+            with self.pool.lock:
+                for change, pages in empty:
+                    self.mapped[change.slot_id][change.plane_index] = pages
+            self._let_go(handles)
+            if slot_ids & self.broken:
+                n_bytes = old_plan.n_pages * old_plan.page_bytes
+                raise DriverError("map", 0, "STUCK", n_bytes, "what was exchanged could not be put back")
+        finally:
+            self._refund_spare(rewired)
+
+    def _refund_spare(self, rewired: Rewired) -> None:
+        with self.pool.lock:
+            self.pool.forget_mappings(rewired.n_mappings - self._count_mappings_of(rewired.changes))
 
     def _exchange(
         self,
@@ -172,17 +229,17 @@ class Region:
         dirty: list[int],
         fill: Callable[[], object],
         commit: Callable[[], object],
-    ) -> None:
-        """Cut off what the changes replace, map `handles` instead; see `rewire`."""
+    ) -> Rewired:
+        """Cut off what the changes replace, map `handles` instead; see `begin_rewire`."""
         as_it_is = [self._as_it_is(change) for change in changes]
         old = self._plan_of(as_it_is)
         old_handles = [handle for change in as_it_is for handle in change.handles if handle is not None]
         with self.pool.lock:
             self.shares.alias(handle for change in changes for handle in change.handles if handle is not None)
             self.shares.alias(old_handles)  # so that they stay ours, to be put back
-            empty = [change for change in changes if not self._handles[change.slot_id][change.plane_index]]
-            before = [self.mapped[change.slot_id][change.plane_index] for change in empty]
-            for slot_id, plane_index, first, _ in empty:
+            without = [change for change in changes if not self._handles[change.slot_id][change.plane_index]]
+            empty = [(change, self.mapped[change.slot_id][change.plane_index]) for change in without]
+            for slot_id, plane_index, first, _ in without:
                 self.mapped[slot_id][plane_index] = PageRange(first, first)
         try:
             try:
@@ -197,11 +254,10 @@ class Region:
                 raise
         except BaseException:
             with self.pool.lock:
-                for change, pages in zip(empty, before, strict=True):
+                for change, pages in empty:
                     self.mapped[change.slot_id][change.plane_index] = pages
             raise
-        with contextlib.suppress(VmemError):  # it is done; a page that could not be released is counted as lost
-            self._let_go(old_handles)
+        return Rewired(changes, plan, handles, old, old_handles, empty, 0)
 
     def _cut(self, changes: Sequence[Rewiring], old: GrowthPlan, handles: list[Handle]) -> None:
         """Unmap what changes replace; they hold its pages still. After a failure it is mapped again, and not held."""

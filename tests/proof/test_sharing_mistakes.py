@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from vmem_kv.cache import KVCache
-from vmem_kv.region import Region, Rewiring
+from vmem_kv.growth import SlotId
+from vmem_kv.layout import Layout
+from vmem_kv.region import Region
 from vmem_kv.shares import Gone, Shares
+from vmem_kv.sharing import Rewiring, Row
 from vmem_kv.testing.operations import Found, random_run
 
 from .drivers import open_driver
@@ -19,20 +21,17 @@ Mistake = Callable[[pytest.MonkeyPatch], None]
 def aliases_the_tail(patch: pytest.MonkeyPatch) -> None:
     """A fork has its source's last page as well, instead of a copy: the next token of one is seen by the other."""
 
-    def changes(self: KVCache, source: int, target: int, n_tokens: int) -> list[Rewiring]:
-        rows = zip(self.layout.planes, self.region._handles[source], strict=True)
-        n_pages = [-(-n_tokens * plane.token_bytes // self.layout.page_bytes) for plane in self.layout.planes]
-        return [
-            Rewiring(target, i, 0, list(handles[:n]))  # type: ignore[arg-type]
-            for i, ((_, handles), n) in enumerate(zip(rows, n_pages, strict=True))
-        ]
+    def plan(layout: Layout, source: list[Row], target: SlotId, n_tokens: int) -> list[Rewiring]:
+        n_pages = [-(-n_tokens * plane.token_bytes // layout.page_bytes) for plane in layout.planes]
+        rows = zip(source, n_pages, strict=True)
+        return [Rewiring(target, i, row.first, list(row.handles[: n - row.first])) for i, (row, n) in enumerate(rows)]
 
-    patch.setattr(KVCache, "_changes_of_fork", changes)
-    patch.setattr(KVCache, "_tail_copies", lambda *_: [])
+    patch.setattr("vmem_kv.cache.plan_fork", plan)
+    patch.setattr("vmem_kv.cache.tail_copies", lambda *_: [])
 
 
 def copies_no_tail(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVCache, "_tail_copies", lambda *_: [])
+    patch.setattr("vmem_kv.cache.tail_copies", lambda *_: [])
 
 
 def lets_shared_slots_be_adopted(patch: pytest.MonkeyPatch) -> None:
@@ -41,11 +40,11 @@ def lets_shared_slots_be_adopted(patch: pytest.MonkeyPatch) -> None:
 
 
 def truncates_into_shared_pages(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVCache, "_changes_of_truncate", lambda *_: [])
+    patch.setattr("vmem_kv.cache.plan_truncate", lambda *_: [])
 
 
 def lets_a_length_shrink_into_shared_pages(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVCache, "_n_shared_tokens", lambda *_: 0)
+    patch.setattr("vmem_kv.cache.shared_tokens", lambda *_: 0)
 
 
 def gives_pages_that_others_have(patch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from vmem_kv.errors import CapacityError, DriverError, OutOfPages, OutOfSlots, U
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import PagePool
+from vmem_kv.sharing import tail_copies
 from vmem_kv.testing.faults import FaultyDriver, driver_error, fail_from, fail_once, no_faults
 from vmem_kv.testing.memory import DriverMemory, HostMemory, ManualFence
 from vmem_kv.testing.model import Page, ReferenceModel
@@ -268,7 +269,8 @@ class Run:
             _require(self.is_faulted, "a driver error without a fault")
         else:
             self.model.shared(target, source)
-            self.base.copy(self.cache._tail_copies(SlotId(source), SlotId(target), n_tokens))
+            base = self.cache.region.reservation.base
+            self.base.copy(tail_copies(self.layout, base, SlotId(source), SlotId(target), n_tokens))
             self.tags.fork(source, target, n_tokens)
         self._end()
 
