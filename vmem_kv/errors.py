@@ -6,9 +6,15 @@
     │   ├── OutOfPages         the page budget is spent
     │   ├── OutOfSlots         every slot belongs to a sequence
     │   ├── OutOfAddressSpace  a sequence is longer than its slot, or no range of that size is left
-    │   └── OutOfMappings      the system's limit on mappings would be passed
+    │   ├── OutOfMappings      the system's limit on mappings would be passed
+    │   ├── OutOfHostMemory    the budget of host memory for parked sequences is spent
+    │   └── OutOfDiskSpace     the budget on disk, or the disk itself, is spent
     ├── DriverError            a driver call failed; carries operation, code, name and how far it came
     ├── UsageError             the caller broke a contract; nothing changed
+    │   ├── UnknownSession     nobody of this domain has a session of that name, or it expired
+    │   └── SessionInUse       the session belongs to a request that still runs
+    ├── FileError              a file could not be read or written; the cause is chained, nothing changed
+    │   └── FileRefused        its contents are truncated, altered, foreign or from a newer version; nothing changed
     ├── RequestError           one request was refused or ended; the engine and all other requests go on
     │   ├── InvalidRequest     its values make no sense here; carries the parameter's name
     │   │   └── RequestTooLong it can never fit: in the model's length, or in the memory budget
@@ -60,6 +66,14 @@ class OutOfMappings(CapacityError):
     """The limit on live mappings (``vm.max_map_count`` on the host) would be passed."""
 
 
+class OutOfHostMemory(CapacityError):
+    """The budget of host memory for parked sequences does not cover what was asked for."""
+
+
+class OutOfDiskSpace(CapacityError):
+    """The budget on disk does not cover what was asked for, or the file system is full."""
+
+
 class DriverError(VmemError):
     """A driver call failed.
 
@@ -88,6 +102,22 @@ class DriverError(VmemError):
 
 class UsageError(VmemError):
     """The caller broke a contract. Nothing changed."""
+
+
+class UnknownSession(UsageError):
+    """No session of that name is kept for this domain: it never was, it expired, or it was forgotten."""
+
+
+class SessionInUse(UsageError):
+    """The session was resumed and not retained since: it belongs to a request that still runs."""
+
+
+class FileError(VmemError):
+    """A file could not be opened, read or written. The cause is chained."""
+
+
+class FileRefused(FileError):
+    """A file's contents cannot be used here: truncated, altered, foreign, oversized, or from a newer version."""
 
 
 class RequestError(VmemError):

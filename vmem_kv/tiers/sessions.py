@@ -1,0 +1,486 @@
+"""Sessions: sequences that are kept by name between two requests, and go down the tiers as time passes.
+
+    retain ─▶ device ──device_s──▶ host ──host_s──▶ disk ──disk_s──▶ gone
+                 └──────────────────┴── resume ──────┘
+                                          ▼
+                                       in use ─▶ retain again, or forget
+
+On the device a session has its slot; below, its slot is retired and the rows are in host memory or on disk. While it is
+in use, the slot is the caller's, and a host copy stays as a spare: retained again, only what was added is moved.
+
+Guarantees
+  * A session that cannot be kept where it should go, for want of room, goes further down; for want of any room it is
+    gone. A cached sequence can always be computed again, and never stands in the way of a live one.
+  * A failure leaves a session where it was; other sessions are still seen to, and the first error is raised at the end.
+  * A name means nothing in another domain: a session of another domain is unknown.
+
+Assumptions: one thread calls, and calls `poll` now and then: nothing happens by itself. A poll that finds a session's
+copy under way leaves it to a later one; going to disk and coming from there takes the disk's time, and is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from vmem_kv.cache import KVCache
+from vmem_kv.errors import (
+    ConfigError,
+    FileRefused,
+    InvariantError,
+    OutOfDiskSpace,
+    OutOfHostMemory,
+    SessionInUse,
+    UnknownSession,
+    UsageError,
+    VmemError,
+)
+from vmem_kv.growth import SlotId
+from vmem_kv.tiers import files
+from vmem_kv.tiers.copies import HostCopy, token_ids
+from vmem_kv.tiers.disk import DiskCopy, DiskTier
+from vmem_kv.tiers.files import ModelIdentity
+from vmem_kv.tiers.host import HostTier, Parking
+
+
+class Level(Enum):
+    """Where a session is."""
+
+    IN_USE = "in use"  # resumed: its slot is the caller's
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """How long a session that nobody asks for stays at each level, in seconds; `math.inf` for ever.
+
+    Raises:
+        ConfigError: A time is negative.
+    """
+
+    device_s: float = 60.0
+    host_s: float = 600.0
+    disk_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("device_s", "host_s", "disk_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be zero or more seconds")
+
+
+class Resumed(NamedTuple):
+    """A session in use: its slot, which holds the rows of these tokens. The slot is the caller's."""
+
+    slot_id: SlotId
+    tokens: Sequence[int]
+
+
+class SessionStats(NamedTuple):
+    """How many sessions are where, and what has happened since the start."""
+
+    n_in_use: int
+    n_on_device: int
+    n_on_host: int
+    n_on_disk: int
+    n_resumed: int
+    n_moved_down: int
+    n_gone: int  # by time or for want of room; those that were forgotten do not count
+
+
+class _Session:
+    """One session. `slot_id` at device level, `disk_copy` at disk level; `host_copy` is there always, maybe empty."""
+
+    def __init__(self, key: tuple[str, str], host_copy: HostCopy) -> None:
+        self.key = key
+        self.host_copy = host_copy
+        self.level = Level.IN_USE
+        self.stay = Stay()
+        self.due_s = math.inf
+        self.tokens: array[int] = array("q")
+        self.slot_id: SlotId | None = None
+        self.disk_copy: DiskCopy | None = None
+        self.copying: Parking | None = None  # on its way to host memory, and on the device still
+
+
+class Sessions:
+    """Keeps sequences of one cache by name. See this file's first lines.
+
+    Args:
+        cache: Whose slots they are.
+        host: The second tier. It may serve others as well.
+        disk: The third; without one, sessions end with their time on the host.
+        clock: Returns seconds, and never goes back.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        host: HostTier,
+        disk: DiskTier | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cache = cache
+        self._host = host
+        self._disk = disk
+        self._clock = clock
+        self._sessions: dict[tuple[str, str], _Session] = {}
+        self._unwanted: list[SlotId] = []
+        self._n_resumed = self._n_moved_down = self._n_gone = 0
+
+    def retain(
+        self,
+        session_id: str,
+        slot_id: SlotId,
+        tokens: Sequence[int],
+        stay: Stay | None = None,
+        *,
+        domain: str = "",
+    ) -> None:
+        """Keep a sequence under a name. Its slot belongs to the sessions from now on: the caller does not retire it.
+
+        Args:
+            session_id: A name that is new in this domain, or that of a session in use.
+            slot_id: An active slot. Nothing that was launched may still write to it but on this thread's stream.
+            tokens: The ids of all its tokens.
+            stay: How long it is kept, and where.
+            domain: Whose session it is.
+
+        Raises:
+            UsageError: The name is kept already, or the slot is, or it is not active, or has another number of tokens.
+                Nothing changed.
+        """
+        session = self._sessions.get((domain, session_id))
+        if session is not None and session.level is not Level.IN_USE:
+            raise UsageError(f"session {session_id!r} is kept already; resume or forget it first")
+        if any(other.slot_id == slot_id for other in self._sessions.values()):
+            raise UsageError(f"slot {slot_id} belongs to another session")
+        ids = token_ids(tokens)
+        if self._cache.n_tokens(slot_id) != len(ids):
+            raise UsageError(f"{len(ids)} token ids for slot {slot_id} of {self._cache.n_tokens(slot_id)} tokens")
+        session = session or _Session((domain, session_id), self._host.new_copy(self._cache.layout))
+        session.slot_id, session.tokens, session.stay = slot_id, ids, stay or Stay()
+        self._sessions[session.key] = session
+        self._enter(session, Level.DEVICE)
+
+    def resume(self, session_id: str, *, domain: str = "") -> Resumed:
+        """Bring a session back to the device and hand its slot to the caller, who retains or forgets it in the end.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+            SessionInUse: It was resumed before. Nothing changed.
+            CapacityError: There is no slot, no page or no host memory for it. It stays where it was.
+            FileRefused: It was damaged on disk. It is gone.
+            DriverError: Moving it failed. It stays where it was.
+            FileError: Reading it failed. It stays where it was.
+        """
+        session = self._find(session_id, domain)
+        if session.level is Level.IN_USE:
+            raise SessionInUse(f"session {session_id!r} is in use by another request; wait for that one to end")
+        if session.copying is not None:
+            with contextlib.suppress(VmemError):  # then there is no copy; the rows are on the device
+                self._finish_copying(session)
+        slot_id = session.slot_id
+        if slot_id is None:
+            slot_id = self._bring_back(session)
+        session.slot_id = None
+        self._enter(session, Level.IN_USE)
+        self._n_resumed += 1
+        return Resumed(slot_id, session.tokens)
+
+    def forget(self, session_id: str, *, domain: str = "") -> None:
+        """End a session wherever it is. One that is in use loses its name and its host copy; its slot is the caller's.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+            DriverError: No fence could be recorded behind its slot: nothing changed. Or it is gone, but something that
+                had waited for a fence failed (`KVCache.retire`).
+        """
+        self._end(self._find(session_id, domain))
+
+    def save(self, session_id: str, path: str | Path, identity: ModelIdentity, *, domain: str = "") -> None:
+        """Write a session to a file. It stays where it is.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+            SessionInUse: It is in use. Nothing changed.
+            OutOfHostMemory: There is no host memory for its rows, which pass through it. Nothing changed.
+            FileRefused: It was damaged on disk. It is gone.
+            DriverError: Moving its rows failed. Nothing changed.
+            OutOfDiskSpace, FileError: The file cannot be written. Nothing changed.
+        """
+        session = self._find(session_id, domain)
+        if session.level is Level.IN_USE:
+            raise SessionInUse(f"session {session_id!r} is in use by a request; save it when that one has ended")
+        if session.slot_id is not None:
+            self._begin_copying(session, session.slot_id)
+            self._finish_copying(session)
+        elif session.host_copy.n_tokens < len(session.tokens):
+            self._read_back(session)
+        files.save(path, self._host, session.host_copy, identity)
+
+    def load(
+        self,
+        session_id: str,
+        path: str | Path,
+        identity: ModelIdentity,
+        stay: Stay | None = None,
+        *,
+        domain: str = "",
+    ) -> None:
+        """Begin a session with what `save` wrote; its rows are in host memory until it is resumed.
+
+        Raises:
+            UsageError: There is a session of that name in this domain. Nothing changed.
+            FileRefused: The file is truncated, altered, foreign, too long or from a newer version. Nothing changed.
+            FileError: It cannot be read. Nothing changed.
+            OutOfHostMemory: There is no host memory for it, although sessions there were moved down. Else nothing
+                changed.
+        """
+        if (domain, session_id) in self._sessions:
+            raise UsageError(f"session {session_id!r} exists; forget it first, or use another name")
+        while True:
+            try:
+                copy = files.load(path, self._host, self._cache.layout, identity)
+                break
+            except OutOfHostMemory:
+                if not self._make_host_room():
+                    raise
+        session = _Session((domain, session_id), copy)
+        session.tokens, session.stay = copy.tokens, stay or Stay()
+        self._sessions[session.key] = session
+        self._enter(session, Level.HOST)
+
+    def poll(self, max_sessions: int | None = None) -> int:
+        """Move sessions down whose time at their level is over; return how many moved or went.
+
+        Args:
+            max_sessions: At most so many, those first whose time was over first; for a caller who must not be away for
+                long.
+
+        Raises:
+            VmemError: The first failure. That session is where it was, and its turn comes again at the next poll.
+        """
+        now_s = self._clock()
+        due = sorted((s for s in self._sessions.values() if s.due_s <= now_s), key=lambda session: session.due_s)
+        n_moved, failure = 0, self._retire_unwanted()
+        for session in due[:max_sessions]:
+            if session.key not in self._sessions or session.due_s > now_s:
+                continue  # it made room for another one meanwhile
+            try:
+                n_moved += self._move_down(session, waits=False)
+            except VmemError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return n_moved
+
+    def free_slots(self, n_pages: int) -> int:
+        """Move sessions off the device, the next to expire first, until `n_pages` pages lie under retired slots.
+
+        The pages are warm, and come to whoever needs them (`KVCache.ensure` reclaims by itself).
+
+        Returns:
+            How many pages that are; fewer if no session is left there.
+
+        Raises:
+            VmemError: As `poll`.
+        """
+        n_freed = 0
+        for session in self._at(Level.DEVICE):
+            if n_freed >= n_pages:
+                break
+            slot_id = session.slot_id
+            n_freed += self._cache.slot_stats()[slot_id].n_mapped_pages if slot_id is not None else 0
+            self._move_down(session)
+        return n_freed
+
+    def level(self, session_id: str, *, domain: str = "") -> Level:
+        """Where a session is.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain.
+        """
+        return self._find(session_id, domain).level
+
+    def stats(self) -> SessionStats:
+        """Return one snapshot."""
+        counts = dict.fromkeys(Level, 0)
+        for session in self._sessions.values():
+            counts[session.level] += 1
+        return SessionStats(
+            n_in_use=counts[Level.IN_USE],
+            n_on_device=counts[Level.DEVICE],
+            n_on_host=counts[Level.HOST],
+            n_on_disk=counts[Level.DISK],
+            n_resumed=self._n_resumed,
+            n_moved_down=self._n_moved_down,
+            n_gone=self._n_gone,
+        )
+
+    def close(self) -> None:
+        """Forget every session. Slots of sessions in use stay with their callers. Idempotent.
+
+        Raises:
+            DriverError: As `forget`, the first failure; all the others are forgotten.
+        """
+        failure = self._retire_unwanted()
+        for session in list(self._sessions.values()):
+            try:
+                self._end(session)
+            except VmemError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _find(self, session_id: str, domain: str) -> _Session:
+        try:
+            return self._sessions[domain, session_id]
+        except KeyError:
+            raise UnknownSession(f"no session {session_id!r}; it expired, or never was") from None
+
+    def _at(self, level: Level) -> list[_Session]:
+        """The sessions of one level, the next to expire first."""
+        return sorted((s for s in self._sessions.values() if s.level is level), key=lambda session: session.due_s)
+
+    def _enter(self, session: _Session, level: Level) -> None:
+        session.level = level
+        stay = session.stay
+        seconds = {Level.DEVICE: stay.device_s, Level.HOST: stay.host_s, Level.DISK: stay.disk_s}
+        session.due_s = self._clock() + seconds.get(level, math.inf)
+
+    def _move_down(self, session: _Session, *, waits: bool = True) -> bool:
+        """Move a session one level down, or further for want of room; return whether it has gone already.
+
+        Raises, and it is where it was, on a failure.
+        """
+        if session.level is Level.DEVICE:
+            return self._to_host(session, waits=waits)
+        if session.level is Level.HOST and self._disk is not None:
+            self._to_disk(session, self._disk)
+        else:
+            self._lose(session)
+        return True
+
+    def _to_host(self, session: _Session, *, waits: bool) -> bool:
+        slot_id = session.slot_id
+        if slot_id is None:
+            raise InvariantError(f"session {session.key[1]!r} is on the device without a slot")
+        try:
+            self._begin_copying(session, slot_id)
+        except OutOfHostMemory:
+            self._lose(session)
+            return True
+        if not waits and session.copying is not None and not session.copying.passed():
+            return False
+        self._finish_copying(session)
+        fence = self._cache.fence()
+        try:
+            self._cache.retire(slot_id, fence)
+        finally:  # what retire fails with, if anything, are older sequences' pages
+            session.slot_id = None
+            session.host_copy.is_spare = False
+            self._enter(session, Level.HOST)
+            self._n_moved_down += 1
+        return True
+
+    def _begin_copying(self, session: _Session, slot_id: SlotId) -> None:
+        """Begin to bring a session's host copy up to date, if need be in the place of others that go down."""
+        while session.copying is None:
+            try:
+                session.copying = self._host.begin_copy(session.host_copy, self._cache, slot_id, session.tokens)
+            except OutOfHostMemory:
+                if not self._make_host_room():
+                    raise
+
+    def _finish_copying(self, session: _Session) -> None:
+        copying, session.copying = session.copying, None
+        if copying is not None:
+            copying.finish()
+
+    def _to_disk(self, session: _Session, disk: DiskTier) -> None:
+        while True:
+            try:
+                session.disk_copy = disk.store(self._host, session.host_copy)
+                break
+            except OutOfDiskSpace:
+                older = self._at(Level.DISK)
+                if not older:
+                    self._lose(session)
+                    return
+                self._lose(older[0])
+        self._host.drop(session.host_copy)
+        self._enter(session, Level.DISK)
+        self._n_moved_down += 1
+
+    def _make_host_room(self) -> bool:
+        """Move the next to expire of those in host memory down; return whether there was one."""
+        there = self._at(Level.HOST)
+        if there:
+            self._move_down(there[0])
+        return bool(there)
+
+    def _bring_back(self, session: _Session) -> SlotId:
+        """A new slot with the rows of a session that has none."""
+        slot_id = self._cache.acquire(expected_tokens=len(session.tokens), domain=session.key[0])
+        try:
+            if session.host_copy.n_tokens < len(session.tokens):
+                self._read_back(session)
+            self._host.restore(session.host_copy, self._cache, slot_id)
+        except BaseException:
+            self._unwanted.append(slot_id)
+            self._retire_unwanted()
+            raise
+        if session.disk_copy is not None and self._disk is not None:
+            self._disk.drop(session.disk_copy)
+            session.disk_copy = None
+        return slot_id
+
+    def _read_back(self, session: _Session) -> None:
+        """Bring a session's rows from disk to host memory, where they are a spare."""
+        if self._disk is None or session.disk_copy is None:
+            raise InvariantError(f"session {session.key[1]!r} has lost its rows: somebody dropped its host copy")
+        while True:
+            try:
+                session.host_copy = self._disk.load(session.disk_copy, self._host)
+                session.host_copy.is_spare = True
+                return
+            except OutOfHostMemory:
+                if not self._make_host_room():
+                    raise
+            except FileRefused:
+                self._lose(session)
+                raise
+
+    def _retire_unwanted(self) -> VmemError | None:
+        """Retire slots that were acquired in vain; return why one cannot be, for it to be tried again later."""
+        while self._unwanted:
+            try:
+                fence = self._cache.fence()
+                self._cache.retire(self._unwanted.pop(), fence)
+            except VmemError as error:
+                return error
+        return None
+
+    def _lose(self, session: _Session) -> None:
+        self._end(session)
+        self._n_gone += 1
+
+    def _end(self, session: _Session) -> None:
+        fence = self._cache.fence() if session.slot_id is not None else None
+        if session.copying is not None:
+            session.copying.cancel()
+        del self._sessions[session.key]
+        self._host.drop(session.host_copy)
+        if session.disk_copy is not None and self._disk is not None:
+            self._disk.drop(session.disk_copy)
+        if session.slot_id is not None:
+            self._cache.retire(session.slot_id, fence)
