@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .figures import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a shell started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -54,11 +54,3 @@ def open_host(path: str) -> Iterator[Callable[[], HostDriver]]:
     yield open_one
     for driver in opened:
         driver.close()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Show the figures that tests recorded: how many injection points, how many operations."""
-    for report in terminalreporter.getreports("passed"):
-        for name, value in report.user_properties:
-            if name == "figures":
-                terminalreporter.write_line(str(value))

@@ -26,6 +26,7 @@ CORE = [
     "vmem_kv.machine",
     "vmem_kv.driver.ledger",
     "vmem_kv.driver.base",
+    "vmem_kv.driver.adaptor",
     "vmem_kv.driver.host_mapper",
     "vmem_kv.driver.host",
     "vmem_kv.driver.checked",
@@ -35,12 +36,19 @@ CORE = [
     "vmem_kv.layout",
     "vmem_kv.growth",
     "vmem_kv.pages",
+    "vmem_kv.shares",
+    "vmem_kv.sharing",
     "vmem_kv.region",
     "vmem_kv.slots",
     "vmem_kv.steps",
     "vmem_kv.stats",
     "vmem_kv.cache",
     "vmem_kv.premap",
+    "vmem_kv.prefix.tree",
+    "vmem_kv.prefix.entry",
+    "vmem_kv.prefix.value",
+    "vmem_kv.prefix.policy",
+    "vmem_kv.prefix.index",
 ]
 HEAVY = ("torch", "cuda", "transformers", "numpy")
 
@@ -145,6 +153,15 @@ def test_using_the_core_loads_nothing_heavy() -> None:
     assert output_of(code) == "[]"
 
 
+def test_the_prefix_index_knows_no_memory() -> None:
+    prefix = [name for name, _ in modules() if name.startswith("vmem_kv.prefix")]
+    assert len(prefix) == 6
+    for name, path in modules():
+        if name in prefix:
+            inside = {i for i in imports_of(path, everywhere=True) if i.startswith("vmem_kv")}
+            assert inside <= {*prefix, "vmem_kv.errors"}, name
+
+
 def test_the_core_is_right_without_assertions_too() -> None:
     for name, path in modules():
         if name in CORE:
@@ -165,8 +182,8 @@ def test_exported_names() -> None:
         *("Adaptor", "Call", "Clock", "ContractBreach", "DriverMemory", "FaultyDriver", "HostMemory"),
         *("LimitingDriver", "LoggingDriver", "ManualClock", "ManualFence", "Memory", "ModelMismatch"),
         *("Plan", "Point", "PoisonDriver", "ReferenceModel", "Report", "StatisticsDriver", "Taken", "TrackingDriver"),
-        *("check_driver", "driver_error", "fail_any", "fail_from", "fail_kind", "fail_once", "interruption"),
-        *("natural_error", "no_faults", "replay"),
+        *("check_driver", "driver_error", "fail_any", "fail_from", "fail_kind", "fail_next", "fail_once"),
+        *("interruption", "natural_error", "no_faults", "replay", "slow"),
     ]
 
 
@@ -184,8 +201,14 @@ def test_the_error_tree_is_the_one_that_its_file_draws() -> None:
         "OutOfSlots": "CapacityError",
         "OutOfAddressSpace": "CapacityError",
         "OutOfMappings": "CapacityError",
+        "OutOfHostMemory": "CapacityError",
+        "OutOfDiskSpace": "CapacityError",
         "DriverError": "VmemError",
         "UsageError": "VmemError",
+        "UnknownSession": "UsageError",
+        "SessionInUse": "UsageError",
+        "FileError": "VmemError",
+        "FileRefused": "FileError",
         "RequestError": "VmemError",
         "InvalidRequest": "RequestError",
         "RequestTooLong": "InvalidRequest",

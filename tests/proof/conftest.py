@@ -1,4 +1,4 @@
-"""What the proofs share: the drivers, and `--long` for the forms that take hours."""
+"""What the proofs share: the drivers, `--long` for the forms that take hours, and `record` for their figures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 
 from vmem_kv.driver.base import Driver
 
-from .drivers import DRIVERS, open_driver, physical_bytes
+from ..figures import Record, recorder
+from .drivers import DRIVERS, empty_device, open_driver, physical_bytes
 
-Record = Callable[[str], None]
+__all__ = ["Record"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def is_long(request: pytest.FixtureRequest) -> bool:
     """Whether the long forms were asked for."""
     return bool(request.config.getoption("--long", default=False))
+
+
+@pytest.fixture(autouse=True)
+def _emptied_device() -> Iterator[None]:
+    """What a test leaves on the emulated device (a spoilt cache cannot be closed) goes before the next one begins."""
+    yield
+    empty_device()
 
 
 @pytest.fixture(params=DRIVERS)
@@ -40,13 +48,5 @@ def driver(driver_name: str) -> Iterator[Driver]:
 
 @pytest.fixture
 def record(record_property: Callable[[str, object], None]) -> Record:
-    """Report a figure; the summary shows it."""
-    return lambda text: record_property("shown", text)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what was shown, how often."""
-    for report in terminalreporter.getreports("passed"):
-        for name, value in report.user_properties:
-            if name == "shown":
-                terminalreporter.write_line(str(value))
+    """Report a figure: its name, the driver, and counts (see tests/figures.py)."""
+    return recorder(record_property)

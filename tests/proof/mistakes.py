@@ -183,6 +183,17 @@ def leaves_a_slot_busy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.01)  # or whoever meets it waits for a minute
 
 
+def waits_for_its_own_stream_only(patch: pytest.MonkeyPatch) -> None:
+    """It forgets the streams on which others grew their sequences, and launched their kernels."""
+    patch.setattr(KVCache, "fence", lambda cache: cache.pool.driver.fence())
+
+
+def is_certain_after_a_second_interruption(patch: pytest.MonkeyPatch) -> None:
+    """Whatever a second Ctrl-C left, it takes for mapped."""
+    wrong = rewritten(Region._unmap_ranges, "may_pass=True, is_certain=False", "may_pass=True, is_certain=True")  # type: ignore[arg-type]
+    patch.setattr(Region, "_unmap_ranges", wrong)
+
+
 IN_ANY_RUN: tuple[Mistake, ...] = (
     leaks_one_page,
     maps_one_page_for_two,

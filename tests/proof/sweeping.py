@@ -13,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,14 +25,15 @@ from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.errors import CapacityError, DriverError, OutOfSlots, VmemError
 from vmem_kv.growth import SlotId
 from vmem_kv.pages import PagePool
+from vmem_kv.sharing import plan_share, tail_copies
 from vmem_kv.testing import (
     FaultyDriver,
     ManualFence,
     Plan,
-    Point,
     driver_error,
     fail_any,
     fail_from,
+    fail_next,
     fail_once,
     interruption,
     natural_error,
@@ -60,6 +61,14 @@ class Sequence:
     first_token: int = 0
     n_written: int = 0  # rows before this one may hold its own bytes; those behind are nobody's
     is_adopted: bool = False  # its slot may hold bytes of its own domain
+    past: list[tuple[int, int]] = field(default_factory=list)
+    """Rows before each end that are those of the sequence with this number: what it was forked from."""
+    n_due: int = 0  # tokens that it should have, where it lost some
+
+    def cut(self, n_tokens: int) -> None:
+        """Have so many tokens at most."""
+        self.n_tokens = min(self.n_tokens, n_tokens)
+        self.past = [(min(end, n_tokens), number) for end, number in self.past]
 
 
 class Story:
@@ -109,6 +118,22 @@ class Story:
         """Sequences, by their place in the list, get these lengths."""
         self.attempt(lambda: self._grow({self.sequences[i]: n for i, n in lengths.items()}))
 
+    def fork(self, index: int, n_tokens: int) -> None:
+        self.sequences.append(self.attempt(lambda: self._fork(self.sequences[index], n_tokens)))
+
+    def truncate(self, index: int, n_tokens: int) -> None:
+        self.attempt(lambda: self._truncate(self.sequences[index], n_tokens))
+
+    def share(self, target: int, source: int) -> None:
+        """One sequence goes on from another one's tokens."""
+        self.attempt(lambda: self._share(self.sequences[target], self.sequences[source]))
+
+    def vacate(self, index: int) -> None:
+        """A sequence gives its memory back and writes all of its tokens again."""
+        n_tokens = self.sequences[index].n_tokens
+        self.attempt(lambda: self._vacate(self.sequences[index]))
+        self.grow({index: n_tokens})
+
     def premap(self, lengths: dict[int, int]) -> None:
         self.attempt(
             lambda: self.kept(
@@ -143,6 +168,10 @@ class Story:
         """Give the pool a budget of what is alive now and `surplus` pages."""
         n_live = sum(cache.stats().n_live_pages for cache in self.caches)
         self.attempt(lambda: self.pool.resize(n_live + surplus + self.pool.n_quarantined))
+
+    def let_it_own_no_more(self) -> None:
+        """Give the pool a budget of what it owns now, warm pages included."""
+        self.attempt(lambda: self.pool.resize(self.pool.n_owned))
 
     def settle(self) -> None:
         self.attempt(self.cache.settle)
@@ -216,9 +245,79 @@ class Story:
         for sequence, n_tokens in lengths.items():
             self._write(sequence, n_tokens)
 
+    def _fork(self, source: Sequence, n_tokens: int) -> Sequence:
+        if source.slot in self.cache.region.broken:
+            self._move(source)
+        try:
+            slot = self.kept(lambda: self.cache.fork(source.slot, n_tokens))
+        except OutOfSlots:
+            if not self._spares or not self.cache.region.broken:
+                raise
+            self.cache.retire(self._spares.pop())
+            slot = self.cache.fork(source.slot, n_tokens)
+        self._n_sequences += 1
+        self._numbers.setdefault(source.domain, []).append(self._n_sequences)
+        fork = Sequence(self._n_sequences, source.domain, slot, n_tokens, source.first_token, n_tokens)
+        fork.past = [*((min(end, n_tokens), number) for end, number in source.past), (n_tokens, source.number)]
+        return fork
+
+    def _truncate(self, sequence: Sequence, n_tokens: int) -> None:
+        self._exchange(
+            [sequence],
+            lambda: self.cache.truncate(sequence.slot, n_tokens),
+            lambda: self.cache.n_tokens(sequence.slot) == n_tokens,
+        )
+        sequence.cut(n_tokens)
+
+    def _share(self, target: Sequence, source: Sequence) -> None:
+        n_tokens, rows = target.n_due or target.n_tokens, self.cache.region.rows
+        self._exchange(
+            [source, target],
+            lambda: self.cache.share({target.slot: source.slot}, n_tokens),
+            lambda: (
+                self.cache.n_tokens(target.slot) == n_tokens
+                and not plan_share(self.cache.layout, rows(source.slot), target.slot, rows(target.slot), n_tokens)
+            ),
+        )
+        base = self.cache.region.reservation.base
+        self.device.copy(tail_copies(self.cache.layout, base, source.slot, target.slot, n_tokens))
+        target.past = [*((min(end, n_tokens), number) for end, number in source.past), (n_tokens, source.number)]
+
+    def _exchange(self, sequences: list[Sequence], call: Callable[[], None], is_done: Callable[[], bool]) -> None:
+        """Make a call that exchanges pages of sequences. Where undoing it fails too, they may lose tokens.
+
+        An interruption may come when it is done, and pages that came free are given back.
+        """
+
+        def make() -> None:
+            try:
+                call()
+            except KeyboardInterrupt:
+                if not is_done():
+                    raise
+
+        for sequence in sequences:
+            if sequence.slot in self.cache.region.broken:
+                self._move(sequence)
+        try:
+            self.kept(make, {sequence.slot for sequence in sequences})
+        except (VmemError, KeyboardInterrupt):
+            for sequence in sequences:
+                n_left = self.cache.n_tokens(sequence.slot)
+                assert n_left == sequence.n_tokens or sequence.slot in self.cache.region._damaged
+                if n_left < sequence.n_tokens:
+                    sequence.n_due, sequence.n_tokens = sequence.n_tokens, n_left
+            raise
+
+    def _vacate(self, sequence: Sequence) -> None:
+        sequence.n_tokens = sequence.n_written = 0
+        sequence.past, sequence.is_adopted = [], False
+        self.cache.vacate(sequence.slot)
+
     def _move(self, sequence: Sequence) -> None:
         """An unmap failed under a sequence: it begins again in another slot, as its owner would let it."""
-        n_tokens, first_token = sequence.n_tokens, sequence.first_token
+        n_tokens, first_token = sequence.n_due or sequence.n_tokens, sequence.first_token
+        sequence.n_due = 0
         self.cache.retire(sequence.slot)
         (sequence.slot,) = self._acquire(sequence.domain, None, 1)
         sequence.is_adopted = sequence.slot in self._adopted
@@ -260,7 +359,16 @@ class Story:
                 base + first * plane.token_bytes
             )
             rows = np.frombuffer(memory, np.uint8).reshape(end - first, plane.token_bytes)
-            yield rows, self._pattern(sequence.number, plane_index, first, end)
+            yield rows, self._expected(sequence, plane_index, first, end)
+
+    def _expected(self, sequence: Sequence, plane_index: int, first: int, end: int) -> Any:
+        """The bytes of a sequence's rows `[first, end)` in a plane."""
+        expected = self._pattern(sequence.number, plane_index, first, end)
+        for past_end, number in reversed(sequence.past):
+            if past_end > first:
+                part = self._pattern(number, plane_index, first, min(past_end, end))
+                expected[: len(part)] = part
+        return expected
 
     def _pattern(self, number: int, plane_index: int, first: int, end: int) -> Any:
         """The bytes that a sequence of this number writes to its rows `[first, end)` of a plane."""
@@ -288,17 +396,21 @@ class Story:
         self.check()
         return result
 
-    def kept(self, call: Callable[[], T]) -> T:
-        """Call; a failure must leave all sequences alone and, unless it gave memory back, everything else too."""
+    def kept(self, call: Callable[[], T], exchanging: Collection[SlotId] = ()) -> T:
+        """Call; a failure must leave all sequences alone and, unless it gave memory back, everything else too.
+
+        But for those whose pages are being exchanged, if undoing it failed as well.
+        """
         before, active_before, warm_before = books(self.cache), active_part(self.cache), self._warm()
         n_faults = len(self.faulty.faults)
         try:
             return call()
         except (VmemError, KeyboardInterrupt):
             after = books(self.cache)
-            assert active_part(self.cache) == active_before
-            gave_back = {"unmap", "release"} & {point.operation for point in self.faulty.faults[n_faults:]}
-            if not gave_back and self._warm() == warm_before:
+            damaged = self.cache.region._damaged.intersection(exchanging)
+            assert active_part(self.cache, damaged) == (active_part_of(before, damaged) if damaged else active_before)
+            gave_back = {"unmap", "release", "fence"} & {point.operation for point in self.faulty.faults[n_faults:]}
+            if not damaged and not gave_back and self._warm() == warm_before:
                 assert after == before
             raise
 
@@ -310,7 +422,8 @@ class Story:
         for cache in self.caches:
             cache.check()
         n_stuck = sum(len(stuck.range[1]) for cache in self.caches for stuck in cache.region._stuck)
-        assert self.pool.n_mapped + n_stuck == self.driver.n_live_mappings
+        n_places = sum(cache.region.n_pages(slot) for cache in self.caches for slot in cache.region.mapped)
+        assert n_places + n_stuck == self.driver.n_live_mappings
         assert self.pool.n_owned == self.driver.n_live_handles
         assert self.pool.n_in_flight == 0
         assert physical_bytes(self.device) == self.pool.n_owned * self.page_bytes
@@ -338,10 +451,14 @@ class Story:
         self.device.ledger.refund_bytes(n_lost * self.page_bytes)
 
 
-def active_part(cache: KVCache) -> dict[str, object]:
+def active_part(cache: KVCache, but: Collection[SlotId] = ()) -> dict[str, object]:
     """What no failing call may change: all about the slots that belong to sequences."""
-    now = books(cache)
-    active = sorted(now["lengths"])
+    return active_part_of(books(cache), but)
+
+
+def active_part_of(now: dict[str, Any], but: Collection[SlotId] = ()) -> dict[str, object]:
+    """See `active_part`; of these books."""
+    active = sorted(now["lengths"].keys() - but)
     part = {
         name: {slot_id: now[name].get(slot_id) for slot_id in active}
         for name in ("lengths", "capacities", "first_tokens", "mapped", "handles", "domains")
@@ -388,6 +505,64 @@ def truncates(story: Story) -> None:
     story.checkpoint()
     story.grow({0: 20})
     story.grow({0: 38})
+    story.checkpoint()
+
+
+def forks(story: Story) -> None:
+    story.open()
+    story.begin("same")
+    story.grow({0: 33})
+    story.fork(0, 33)
+    story.fork(1, 20)
+    story.checkpoint()
+    story.grow({0: 40, 1: 36, 2: 30})
+    story.retire(0, waits=True)
+    story.checkpoint()
+    story.fork(1, 15)
+    story.grow({0: 38, 2: 31})
+    story.retire(0)
+    story.begin("other")
+    story.grow({2: 25})
+    story.checkpoint()
+
+
+def forks_and_truncates(story: Story) -> None:
+    story.open()
+    story.begin()
+    story.grow({0: 37})
+    story.fork(0, 37)
+    story.truncate(1, 21)
+    story.grow({1: 30})
+    story.checkpoint()
+    story.truncate(0, 5)
+    story.grow({0: 40})
+    story.fork(1, 0)
+    story.grow({2: 12})
+    story.checkpoint()
+
+
+def beams_change_places(story: Story) -> None:
+    story.open()
+    story.begin("same")
+    story.grow({0: 34})
+    story.fork(0, 10)
+    story.grow({1: 34})
+    story.share(1, 0)
+    story.checkpoint()
+    story.grow({0: 38, 1: 38})
+    story.share(0, 1)
+    story.grow({0: 40, 1: 40})
+    story.checkpoint()
+
+
+def parks(story: Story) -> None:
+    story.open()
+    story.begin()
+    story.grow({0: 34})
+    story.fork(0, 30)
+    story.vacate(1)
+    story.checkpoint()
+    story.vacate(0)
     story.checkpoint()
 
 
@@ -515,12 +690,48 @@ def shares_a_pool(story: Story) -> None:
     story.checkpoint()
 
 
+def lives_long(story: Story) -> None:
+    """Everything a cache can do, on what all of it before has left."""
+    story.open()
+    story.begin()
+    story.grow({0: 12})
+    story.begin()
+    story.grow({0: 14, 1: 3})
+    for n_tokens in (15, 24, MAX_TOKENS):
+        story.grow({0: n_tokens})
+    story.premap({1: 20})
+    story.slide(0, 20, waits=True)
+    story.retire(0, waits=True)
+    story.retire(0)
+    story.begin_two()  # what is warm: of one the front is gone, the other must be scrubbed
+    story.grow({0: 10, 1: 30})
+    story.checkpoint()
+    story.retire(0)
+    story.trim()
+    story.let_it_own_no_more()
+    story.begin(None, 0)
+    story.grow({0: 31, 1: 5})  # reclaims what the other one left
+    story.checkpoint()
+    story.resize(100)
+    story.reclaim()
+    story.retire(0, 1)
+    story.resize(1)
+    story.resize(100)
+    story.begin()
+    story.grow({0: 20})
+    story.checkpoint()
+
+
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
     opens_and_closes,
     prefills,
     decodes,
     grows_several_across_planes,
     truncates,
+    forks,
+    forks_and_truncates,
+    beams_change_places,
+    parks,
     slides,
     retires_and_adopts,
     adopts_neighbours,
@@ -530,20 +741,8 @@ SCENARIOS: tuple[Callable[[Story], None], ...] = (
     premaps,
     settles,
     shares_a_pool,
+    lives_long,
 )
-
-
-def next_after(n: int, operation: str) -> Plan:
-    """Fail the first point of `operation` behind point `n`."""
-    hit: list[int] = []
-
-    def plan(point: Point) -> BaseException | None:
-        if point.n > n and point.operation == operation and not hit:
-            hit.append(point.n)
-            return driver_error()(point)
-        return None
-
-    return plan
 
 
 PLANS: dict[str, Callable[[int], Plan]] = {
@@ -551,10 +750,17 @@ PLANS: dict[str, Callable[[int], Plan]] = {
     "from then on": lambda n: fail_from(n, driver_error()),
 }
 
+OTHER_PLANS: dict[str, Callable[[int], Plan]] = {
+    "once with a driver error": lambda n: fail_once(n, driver_error()),
+    "interrupted": lambda n: fail_once(n, interruption),
+}
+
 COMPOUND_PLANS: dict[str, Callable[[int], Plan]] = {
-    "and the next unmap": lambda n: fail_any(fail_once(n, driver_error()), next_after(n, "unmap")),
-    "and the next release": lambda n: fail_any(fail_once(n, driver_error()), next_after(n, "release")),
-    "interrupted, and the next unmap": lambda n: fail_any(fail_once(n, interruption), next_after(n, "unmap")),
+    "and the next unmap": lambda n: fail_any(fail_once(n, driver_error()), fail_next("unmap", n, driver_error())),
+    "and the next release": lambda n: fail_any(fail_once(n, driver_error()), fail_next("release", n, driver_error())),
+    "interrupted, and the next unmap": lambda n: fail_any(
+        fail_once(n, interruption), fail_next("unmap", n, driver_error())
+    ),
 }
 
 
@@ -586,12 +792,12 @@ def sweep(
         device: What to run on.
         kind: The layout.
         keep_freed: Whether the pool keeps freed pages.
-        plans: Names of `PLANS` or `COMPOUND_PLANS`.
+        plans: Names in `PLANS`, `OTHER_PLANS` or `COMPOUND_PLANS`.
         rows: How the rows of a plane lie on its pages, a name in `ROWS`.
         scenarios: What to live.
         only: Whether a point is worth it, given the story lived without faults, the plan and the point's number.
     """
-    makers = PLANS | COMPOUND_PLANS
+    makers = PLANS | OTHER_PLANS | COMPOUND_PLANS
     counts: Counter[str] = Counter()
     for scenario in scenarios:
         calm = live(device, no_faults, scenario, kind, rows=rows, keep_freed=keep_freed)

@@ -7,13 +7,15 @@ from collections.abc import Callable, Collection
 import pytest
 
 from vmem_kv.driver.base import Driver
-from vmem_kv.errors import VmemError
+from vmem_kv.errors import DriverError, VmemError
+from vmem_kv.testing import natural_error
 
 from .conftest import Record
 from .drivers import open_driver
 from .mistakes import IN_A_SWEEP, Mistake, does_not_scrub, maps_a_page_too_many, shows_stale_pages
 from .sweeping import (
     COMPOUND_PLANS,
+    OTHER_PLANS,
     PLANS,
     Story,
     adopts_neighbours,
@@ -24,7 +26,11 @@ from .sweeping import (
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
-OPERATIONS = {"reserve", "create", "map", "set_access", "scrub", "unmap", "release", "free_reservation", "fence"}
+OPERATIONS = {"reserve", "create", "map", "set_access", "scrub", "unmap", "release", "free_reservation", "fence"} | {
+    "copy",
+    "copy_to_host",
+    "copy_from_host",
+}
 
 
 @pytest.mark.parametrize("keep_freed", [False, True], ids=["freed pages go", "freed pages stay"])
@@ -37,9 +43,43 @@ def test_any_call_may_fail_once_or_from_then_on(
     counts = sweep(driver, kind, rows=rows, keep_freed=keep_freed, plans=PLANS)
     assert counts["once"] == counts["from then on"] == counts["points"]
     record(
-        f"fault sweep, {driver_name}, {kind}, {rows} rows, keep_freed={keep_freed}: "
-        f"{counts['points']} injection points, "
-        f"{counts['once'] + counts['from then on']} lives, {counts['faults']} faults"
+        "every driver call of every scenario fails, once and from then on",
+        driver_name,
+        injection_points=counts["points"],
+        lives=counts["once"] + counts["from then on"],
+        faults=counts["faults"],
+    )
+
+
+def test_any_call_may_fail_in_other_ways(driver: Driver, driver_name: str, record: Record) -> None:
+    """Interrupted (Ctrl-C), and by a driver error where running out of something is more natural."""
+
+    def differs(story: Story, plan: str, n: int) -> bool:
+        natural = natural_error(story.faulty.points[n - 1])
+        return plan == "interrupted" or not isinstance(natural, DriverError)
+
+    counts = sweep(driver, "group:2", keep_freed=True, plans=OTHER_PLANS, only=differs)
+    assert counts["interrupted"] == counts["points"]
+    assert counts["once with a driver error"] > 0
+    record(
+        "every driver call is interrupted, or fails by a driver error instead",
+        driver_name,
+        injection_points=counts["points"],
+        interrupted=counts["interrupted"],
+        driver_errors=counts["once with a driver error"],
+    )
+
+
+def test_any_call_of_the_hosts_python_way_may_fail(record: Record) -> None:
+    driver = open_driver("python")
+    counts = sweep(driver, "group:2", keep_freed=False, plans=PLANS)
+    driver.close()
+    record(
+        "every driver call of every scenario fails, once and from then on",
+        "python",
+        injection_points=counts["points"],
+        lives=counts["once"] + counts["from then on"],
+        faults=counts["faults"],
     )
 
 
@@ -55,21 +95,26 @@ def test_a_cache_whose_close_was_interrupted_is_whole_and_closes_again() -> None
     )
 
 
-@pytest.mark.parametrize("kind", ["per_layer"])
+@pytest.mark.parametrize(
+    ("kind", "keep_freed"), [("per_layer", False), ("group:2", True)], ids=["per_layer", "group:2"]
+)
 def test_a_second_failure_may_hit_while_the_first_is_undone(
-    driver: Driver, driver_name: str, kind: str, record: Record
+    driver: Driver, driver_name: str, kind: str, keep_freed: bool, record: Record
 ) -> None:
     """Only points behind which there is something to undo: creating, mapping, accessing, scrubbing and giving back."""
 
     def undoes(story: Story, plan: str, n: int) -> bool:
         return story.faulty.points[n - 1].operation in ("create", "map", "set_access", "scrub", "unmap")
 
-    counts = sweep(driver, kind, keep_freed=False, plans=COMPOUND_PLANS, only=undoes)
+    counts = sweep(driver, kind, keep_freed=keep_freed, plans=COMPOUND_PLANS, only=undoes)
     assert counts["compound"] >= 1000
     assert counts["quarantined"] > 0
     record(
-        f"compound faults, {driver_name}, {kind}: {counts['compound']} lives with two failures or more, "
-        f"{counts['quarantined']} pages quarantined, none reused"
+        "a second failure while the first is undone",
+        driver_name,
+        lives_with_two_failures_or_more=counts["compound"],
+        pages_quarantined=counts["quarantined"],
+        of_them_reused=0,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,20 +12,16 @@ from vmem_kv import VmemCache
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.errors import CapacityError, DriverError
-from vmem_kv.testing import FaultyDriver, Plan, driver_error, fail_from, fail_once, natural_error, no_faults
-from vmem_kv.testing.adaptor import Adaptor
+from vmem_kv.testing import Adaptor, FaultyDriver, Plan, no_faults
 
 from ..held import Held
 from .conftest import Record
 from .drivers import open_driver, physical_bytes
+from .sweeping import PLANS
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
 N_NEW_TOKENS = 8
-PLANS: dict[str, Callable[[int], Plan]] = {
-    "once": lambda n: fail_once(n, natural_error),
-    "from then on": lambda n: fail_from(n, driver_error()),
-}
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +108,22 @@ def test_any_driver_call_of_generate_may_fail(driver_name: str, model: Any, reco
     for name, plan in PLANS.items():
         for n in range(1, calm.faulty.n_points + 1):
             one = Generation(driver_name, model, plan(n))
-            where = f"{name}, point {n} ({calm.faulty.points[n - 1].operation})"
-            assert one.n_failed_calls == 1, where
+            operation = calm.faulty.points[n - 1].operation
+            where = f"{name}, point {n} ({operation})"
+            # A range of addresses that is not to be had is asked for smaller, and nobody notices.
+            may_go_unnoticed = (name, operation) == ("once", "reserve")
+            assert one.n_failed_calls == 1 or may_go_unnoticed, where
             assert one.tokens == calm.tokens, where
             lost = one.driver.n_live_handles
             assert one.left() == (0, 0, lost, lost * 4096), where
             n_quarantined += lost
             one.device.close()
             assert not Held.now().beyond(baseline), where
+    n_points = calm.faulty.n_points
     record(
-        f"generate of {N_NEW_TOKENS} tokens, {driver_name}: {calm.faulty.n_points} injection points, once and from "
-        f"then on, tokens identical after every retry; {n_quarantined} pages quarantined"
+        f"faults in generate of {N_NEW_TOKENS} tokens, same tokens after a retry",
+        driver_name,
+        injection_points=n_points,
+        lives=n_points * len(PLANS),
+        pages_quarantined=n_quarantined,
     )

@@ -83,16 +83,17 @@ def test_without_limits_it_lives() -> None:
 
 
 @pytest.mark.parametrize("path", ["native", "python"])
-def test_a_small_budget_of_mappings_is_a_typed_error(path: str) -> None:
+def test_a_small_budget_of_mappings_is_a_typed_error(path: str, record: Record) -> None:
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
     code = f"""
 from vmem_kv.machine import count_mappings
 print(attempt(path={path!r}, headroom={limit} - count_mappings() - 21, n_slots=50))
 """
     assert outcome(code) == "OutOfMappings"
+    record("limits of the machine: a budget of mappings, a typed error", path, lives=1)
 
 
-def test_at_the_kernels_own_limit_of_mappings_it_is_a_typed_error_too() -> None:
+def test_at_the_kernels_own_limit_of_mappings_it_is_a_typed_error_too(record: Record) -> None:
     """Somebody else takes the mappings behind our back: the kernel refuses, in the middle of a batch."""
     code = """
 from pathlib import Path
@@ -130,6 +131,7 @@ assert n_eaten > limit // 2 - 2048, n_eaten
 print(name)
 """
     assert outcome(code) == "OutOfMappings"
+    record("limits of the machine: the kernel's own limit of mappings, a typed error", "native", lives=1)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +143,9 @@ print(name)
     ],
     ids=["addresses", "files", "file size"],
 )
-def test_a_limit_of_the_process_is_a_typed_error(limit: str, options: str, expected: str) -> None:
+def test_a_limit_of_the_process_is_a_typed_error(limit: str, options: str, expected: str, record: Record) -> None:
     assert outcome(f"resource.setrlimit(resource.{limit})\nprint(attempt({options}))") == expected
+    record("limits of the machine: addresses, open files, file size, a typed error", "native", lives=1)
 
 
 @pytest.fixture
@@ -182,7 +185,7 @@ print(attempt({options}), flush=True)
 def test_the_limit_of_a_cgroup_is_a_typed_error(cgroup: Path, options: str, expected: str, record: Record) -> None:
     code = IN_CGROUP.format(procs=str(cgroup / "cgroup.procs"), options=options)
     assert outcome(code) == expected
-    record(f"a cgroup of 64 MiB, {options}: {expected}")
+    record("limits of the machine: a memory cgroup of 64 MiB, a typed error or none", "native", lives=1)
 
 
 INJECTED = {
@@ -208,7 +211,13 @@ def test_a_system_call_that_fails_is_a_typed_error(call: str, code: str, record:
     assert set(outcomes) <= {"none", "OutOfPages", "OutOfMappings", "DriverError", "ConfigError"}
     if call != "madvise":  # most advice does not matter
         assert outcomes[0] != "none"
-    record(f"strace, {call} fails with {code}, call by call: {', '.join(outcomes)}")
+    record(
+        f"limits of the machine: {call} fails, by strace",
+        "native",
+        calls_made_to_fail=len(outcomes),
+        lives_that_noticed=len(outcomes) - outcomes.count("none"),
+        ended_by_a_signal=0,
+    )
 
 
 def strace(call: str, code: str, n: int) -> subprocess.CompletedProcess[str]:

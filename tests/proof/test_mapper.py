@@ -95,8 +95,12 @@ def test_a_batch_decodes_with_the_mapper_at_its_heels(driver: Driver, driver_nam
     decoding.close()
     assert premapper.n_pages > 100
     record(
-        f"mapper thread, {driver_name}: {N_STEPS:,} steps, {decoding.n_sequences} sequences, "
-        f"{premapper.n_pages:,} pages mapped ahead, {decoding.tags.n_checks:,} tags verified"
+        "mapper thread beside a decoding batch",
+        driver_name,
+        steps=N_STEPS,
+        sequences=decoding.n_sequences,
+        pages_mapped_ahead=premapper.n_pages,
+        tags_verified=decoding.tags.n_checks,
     )
 
 
@@ -138,7 +142,7 @@ def test_the_mapper_may_be_killed_at_each_of_its_steps(driver: Driver, driver_na
             assert decoding.lengths == lengths, f"step {n}"
             decoding.close()
     assert physical_bytes(driver) == 0
-    record(f"mapper killed, {driver_name}: at each of its {n_steps} steps, by an exception and by a driver error")
+    record("mapper killed, by an exception and by a driver error", driver_name, steps=n_steps, times_killed=2 * n_steps)
 
 
 @pytest.mark.parametrize("fault_share", [0.0, 0.3])
@@ -148,8 +152,12 @@ def test_threads_on_one_pool_lose_nothing(driver_name: str, fault_share: float, 
     assert progress.findings == []
     assert progress.n_ops == 20_000
     record(
-        f"4 threads, {driver_name}, faults {fault_share}: {progress.n_ops:,} operations, {progress.n_faults:,} faults, "
-        f"{progress.n_checks:,} tags verified"
+        "4 threads on one pool",
+        driver_name,
+        operations=progress.n_ops,
+        faults=progress.n_faults,
+        tags_verified=progress.n_checks,
+        findings=len(progress.findings),
     )
 
 

@@ -6,13 +6,15 @@ pytest tests/proof/test_random_ops.py --long -n 2          100,000,000
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmem_kv.driver.base import Driver
 from vmem_kv.testing.operations import MAX_TOKENS, ROWS, Found, Operation, Run, random_run
-from vmem_kv.testing.shrink import repeat, shrink, shrink_run
+from vmem_kv.testing.shrink import Symptom, repeat, shrink, shrink_run
 from vmem_kv.testing.targets import open_driver as open_by_name
 
 from .conftest import Record
@@ -33,8 +35,14 @@ def test_random_operations_agree_with_the_model(name: str, seed: int, is_long: b
     assert totals.n_ops == n_ops
     assert totals.n_checks > 50 * n_ops
     record(
-        f"random operations, {name}, seed {seed}: {totals.n_ops:,} operations, {totals.n_faults:,} faults, "
-        f"{totals.n_checks:,} tags verified, {totals.n_pages:,} pages read as zeros"
+        "random operations against the model",
+        name,
+        seeds=1,
+        operations=totals.n_ops,
+        faults=totals.n_faults,
+        differences=0,
+        tags_verified=totals.n_checks,
+        pages_read_as_zeros=totals.n_pages,
     )
 
 
@@ -42,7 +50,7 @@ def test_random_operations_agree_with_the_model(name: str, seed: int, is_long: b
 def test_random_operations_find_a_planted_mistake(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
     mistake(monkeypatch)
     with pytest.raises(Found):
-        random_run(1, 20_000, open_driver("native"))
+        random_run(1, 100_000, open_driver("native"))
 
 
 def adopt_two_neighbours(driver: Driver, domains: str, *, rows: str) -> None:
@@ -94,6 +102,47 @@ def test_a_finding_is_a_program_that_repeats_it_and_can_be_shortened(monkeypatch
         exec(run.program(), {})
     monkeypatch.undo()
     exec(run.program(), {})
+
+
+def test_shrinking_does_not_run_after_another_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind what goes wrong stands a call that is always refused: alone it would be shorter."""
+    does_not_scrub(monkeypatch)
+    with pytest.raises(Found) as caught:
+        random_run(1, 20_000, open_driver("native"))
+    run = caught.value.run
+    refused = Operation("trim", (-1,), None)
+    shortened = shrink_run(lambda: open_driver("native"), run.settings, [*run.history, refused])
+    assert refused not in shortened
+    with pytest.raises(AssertionError, match="old bytes"):
+        repeat(open_driver("native"), run.settings, shortened)
+
+
+def test_what_does_not_go_wrong_again_is_not_shortened() -> None:
+    operations = [Operation("acquire", (3, "a"), None), Operation("ensure", ({0: 3},), None)]
+    assert shrink_run(lambda: open_driver("native"), {"n_slots": 2}, operations) == operations
+
+
+def test_two_failures_are_the_same_by_type_and_place() -> None:
+    def fail(kind: type[Exception], text: str) -> None:
+        raise kind(text)
+
+    def symptom(call: Callable[[], None]) -> Symptom:
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - of any kind
+            call()
+        return Symptom.of(caught.value)
+
+    def here() -> None:
+        fail(AssertionError, "1 page")
+
+    def there() -> None:
+        fail(AssertionError, "1 page")
+
+    assert symptom(here) == symptom(here)
+    assert symptom(lambda: fail(AssertionError, "1")).kind is AssertionError
+    assert symptom(here) != symptom(there)
+    first, second = (symptom(lambda kind=kind: fail(kind, "")) for kind in (AssertionError, ValueError))  # type: ignore[misc]
+    assert first.places == second.places
+    assert first != second
 
 
 def test_shrinking_keeps_what_fails_and_leaves_out_the_rest() -> None:
@@ -152,7 +201,7 @@ def test_hypothesis_finds_no_list_of_operations_that_goes_wrong(driver: Driver, 
 
     try_list()
     assert n_done > 1000
-    record(f"hypothesis, {driver.info.name}: 300 lists, {n_done:,} operations that made sense")
+    record("lists of operations by hypothesis", driver.info.name, lists=SETTINGS.max_examples, operations=n_done)
 
 
 def test_operations_that_make_no_sense_are_left_out_of_a_repetition() -> None:

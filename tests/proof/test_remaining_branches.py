@@ -241,9 +241,15 @@ def test_a_page_in_two_places_is_an_invariant_error() -> None:
     lab.cache.ensure({slot_id: 10})
     handles = lab.cache.region.handles()[slot_id]
     kept, handles[1][0] = handles[1][0], handles[0][0]
-    with pytest.raises(InvariantError, match="two places"):
+    with pytest.raises(InvariantError, match="mapped pages"):
         lab.cache.check()
     handles[1][0] = kept
+    lab.pool._free.append(kept)  # free, while it is mapped
+    lab.pool.n_owned += 1
+    with pytest.raises(InvariantError, match="two places"):
+        lab.cache.check()
+    lab.pool._free.remove(kept)
+    lab.pool.n_owned -= 1
     lab.close()
 
 

@@ -152,6 +152,10 @@ def test_the_native_code_is_clean(sanitizer: str, driver: str, tmp_path: Path, r
     assert done.returncode == 0, done.stderr[-4000:]
     n_checks, n_model, n_threads = map(int, done.stdout.split())
     record(
-        f"{sanitizer}, native code of {driver}: {n_checks} contract checks, {n_model:,} operations in one thread and "
-        f"{n_threads:,} in turns with four, 0 reports"
+        f"native code under {'TSan' if sanitizer == 'tsan' else 'ASan and UBSan'}",
+        driver,
+        contract_checks=n_checks,
+        operations=n_model,
+        operations_in_turns_with_four_threads=n_threads,
+        reports=0,
     )

@@ -21,6 +21,7 @@ from .drivers import open_driver
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
 DEPTH = 10
+SHARING_DEPTH = 7
 STATES_DEPTH = 4
 STEP = 24
 N_SLOTS, MAX_PAGES = 2, 24
@@ -29,9 +30,9 @@ N_SLOTS, MAX_PAGES = 2, 24
 class Lab:
     """A run with moves that need no arguments. Two sequences at most, of a domain each."""
 
-    def __init__(self, hook: CallHook) -> None:
+    def __init__(self, hook: CallHook, n_slots: int = N_SLOTS) -> None:
         self.hook = hook
-        self.run = Run(hook, "token_major", n_slots=N_SLOTS, max_pages=MAX_PAGES, keep_freed=True)
+        self.run = Run(hook, "token_major", n_slots=n_slots, max_pages=MAX_PAGES, keep_freed=True)
         self.live: list[int] = []  # slots, oldest first
 
     def grow(self, index: int) -> bool:
@@ -45,6 +46,21 @@ class Lab:
         slot = self.live[index]
         n_tokens = min(MAX_TOKENS, self.run.model.slots[slot].n_tokens + STEP)
         self.run.ensure({slot: n_tokens})
+        return True
+
+    def fork(self) -> bool:
+        slots = self.run.model.slots
+        if not self.live or len(self.live) == len(slots) or not slots[self.live[0]].n_tokens:
+            return False
+        before = set(self.run.live())
+        self.run.fork(self.live[0], slots[self.live[0]].n_tokens - 1)
+        self.live += set(self.run.live()) - before
+        return len(self.run.live()) > len(before)
+
+    def truncate(self) -> bool:
+        if not self.live or not self.run.model.slots[self.live[-1]].n_tokens:
+            return False
+        self.run.truncate(self.live[-1], self.run.model.slots[self.live[-1]].n_tokens // 2)
         return True
 
     def premap(self) -> bool:
@@ -71,11 +87,13 @@ class Lab:
 
     def fingerprint(self) -> Hashable:
         model = self.run.model
-        slots = tuple(
-            (s.state, s.n_tokens, s.n_mapped_tokens, s.domain if s.n_mapped_tokens else "") for s in model.slots
+        slots = tuple((s.state, s.n_tokens, tuple(s.ends), s.domain if any(s.ends) else "") for s in model.slots)
+        first_home = {frame: page for page, frame in sorted(model.pages.items(), reverse=True)}
+        shared = tuple(
+            sorted((page, first_home[frame]) for page, frame in model.pages.items() if page != first_home[frame])
         )
         waiting = tuple(self.run.fences[number][0] for number in sorted(self.run.fences))
-        return slots, tuple(self.live), waiting, tuple(model.reclaim_order()), model.n_free
+        return slots, shared, tuple(self.live), waiting, tuple(model.reclaim_order()), model.n_free
 
 
 MOVES: dict[str, Callable[[Lab], bool]] = {
@@ -88,17 +106,46 @@ MOVES: dict[str, Callable[[Lab], bool]] = {
 }
 
 
-def explore_on(driver: Driver, depth: int) -> Explored:
+SHARING_MOVES: dict[str, Callable[[Lab], bool]] = {
+    "grow the first": lambda lab: lab.grow(0),
+    "fork the first": Lab.fork,
+    "truncate the last": Lab.truncate,
+    "retire": Lab.retire,
+    "pass a fence": Lab.pass_fence,
+    "reclaim": Lab.reclaim,
+}
+
+
+def explore_on(
+    driver: Driver, depth: int, moves: dict[str, Callable[[Lab], bool]] = MOVES, n_slots: int = N_SLOTS
+) -> Explored:
     hook = CallHook(driver)
-    return explore(lambda: Lab(hook), MOVES, Lab.fingerprint, lambda lab: lab.run.finish(), depth)
+    return explore(lambda: Lab(hook, n_slots), moves, Lab.fingerprint, lambda lab: lab.run.finish(), depth)
+
+
+def test_every_sequence_of_sharing_moves_agrees_with_the_model(
+    driver: Driver, driver_name: str, record: Record
+) -> None:
+    explored = explore_on(driver, SHARING_DEPTH, SHARING_MOVES, n_slots=3)
+    assert explored.n_schedules > 10_000
+    record(
+        f"every sequence of {SHARING_DEPTH} moves with forks and truncations",
+        driver_name,
+        schedules=explored.n_schedules,
+        states=len(explored.states),
+        runs=explored.n_runs,
+    )
 
 
 def test_every_sequence_of_moves_agrees_with_the_model(driver: Driver, driver_name: str, record: Record) -> None:
     explored = explore_on(driver, DEPTH)
     assert explored.n_schedules > 1_000_000
     record(
-        f"explorer, {driver_name}: {explored.n_schedules:,} schedules of depth {DEPTH} through "
-        f"{len(explored.states):,} states, in {explored.n_runs:,} runs"
+        f"every sequence of {DEPTH} moves",
+        driver_name,
+        schedules=explored.n_schedules,
+        states=len(explored.states),
+        runs=explored.n_runs,
     )
 
 
@@ -230,8 +277,11 @@ def test_every_call_may_come_in_the_middle_of_every_other(driver: Driver, driver
     assert n_overlaps > 2000
     assert 0 < n_blocked < n_overlaps
     record(
-        f"overlaps, {driver_name}: {n_overlaps:,} (each call at each moment of each other, from {len(states)} states), "
-        f"of which {n_blocked:,} had to wait"
+        "each call at each moment of each other",
+        driver_name,
+        states=len(states),
+        overlaps=n_overlaps,
+        that_had_to_wait=n_blocked,
     )
 
 

@@ -49,8 +49,9 @@ def test_the_engine_finds_a_planted_mistake(mistake: Mistake, monkeypatch: pytes
     assert len(progress.findings) == 1
     if mistake is maps_one_page_twice:
         return  # which pages it takes depends on the offsets that earlier rounds left to the driver
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it was
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - of whatever type was found
         exec(progress.findings[0].program, {})
+    assert f"{type(caught.value).__name__}(" in progress.findings[0].what
 
 
 def no_single_rounds(patch: pytest.MonkeyPatch) -> None:

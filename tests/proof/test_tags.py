@@ -64,7 +64,7 @@ def decode(driver: Driver, n_checks: int, seed: int = 1) -> ShadowTags:
 
 def test_every_live_row_carries_its_tag_at_every_step(driver: Driver, driver_name: str, record: Record) -> None:
     tags = decode(driver, N_CHECKS)
-    record(f"shadow tags, {driver_name}: {tags.n_checks:,} K and V rows verified, 0 mismatches")
+    record("shadow tags in a decoding batch", driver_name, K_and_V_rows_verified=tags.n_checks, mismatches=0)
 
 
 def some_tags(driver: Driver) -> tuple[KVCache, ShadowTags, ShadowTags]:
@@ -160,14 +160,20 @@ def dirty_and_look(driver: Driver, n_pages: int) -> tuple[int, int]:
 def test_a_page_that_was_anothers_reads_as_zeros(driver: Driver, driver_name: str, record: Record) -> None:
     n_seen, n_dirty = dirty_and_look(driver, N_PAGES)
     assert n_dirty == 0
-    record(f"stale data, {driver_name}: {n_seen:,} pages that were another tenant's or new, all zeros")
+    record("pages that were another tenant's or new", driver_name, pages_read=n_seen, with_old_bytes=n_dirty)
 
 
 def test_in_debug_mode_too_where_every_page_out_of_use_is_poisoned(driver_name: str, record: Record) -> None:
     driver = PoisonDriver(open_driver(driver_name), is_zeroing=False)
     n_seen, n_dirty = dirty_and_look(driver, N_PAGES // 10)
     assert n_dirty == 0
-    record(f"stale data, {driver_name}, poisoned: {n_seen:,} pages, {driver.n_poisoned:,} times poisoned, all zeros")
+    record(
+        "the same with every unused page poisoned",
+        driver_name,
+        pages_read=n_seen,
+        with_old_bytes=n_dirty,
+        times_poisoned=driver.n_poisoned,
+    )
     driver.close()
 
 

@@ -9,38 +9,24 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
+from vmem_kv.driver.adaptor import Adaptor
 from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
-from vmem_kv.driver.ledger import Ledger
 from vmem_kv.errors import UsageError
 
 
-class CheckedDriver(Driver):
+class CheckedDriver(Adaptor):
     """Wrap `inner`; see this file's first lines."""
 
     def __init__(self, inner: Driver) -> None:
-        self.inner = inner
-        self.info = inner.info
+        super().__init__(inner)
         self._lock = threading.Lock()
         self._reservations: set[Reservation] = set()
         self._page_bytes: dict[Handle, int] = {}  # live handles
         self._n_mappings: Counter[Handle] = Counter()
         self._mapped: dict[int, Handle] = {}  # by address
         self._accessible: set[int] = set()  # addresses of mappings
-
-    @property
-    def calls(self) -> Counter[str]:  # type: ignore[override]
-        """The inner driver's counts."""
-        return self.inner.calls
-
-    @property
-    def ledger(self) -> Ledger:  # type: ignore[override]
-        """The inner driver's ledger."""
-        return self.inner.ledger
-
-    def available_bytes(self) -> int:
-        return self.inner.available_bytes()
 
     @property
     def n_live_handles(self) -> int:
@@ -206,15 +192,6 @@ class CheckedDriver(Driver):
         with self._lock:
             self._require_accessible("copy_from_host to", address, buffer.nbytes)
         return self.inner.copy_from_host(buffer, address)
-
-    def bind_thread(self) -> None:
-        self.inner.bind_thread()
-
-    def current_stream(self) -> int:
-        return self.inner.current_stream()
-
-    def fence(self, streams: Collection[int] = ()) -> Fence:
-        return self.inner.fence(streams)
 
     def close(self) -> None:
         with self._lock:

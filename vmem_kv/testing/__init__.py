@@ -14,6 +14,8 @@ Adaptors, which wrap any driver and stack in any order:
     LoggingDriver      writes a trace of all calls, for `replay` to make again on another driver
     PoisonDriver       fills whatever goes out of use with NaN
 
+docs/testing-a-driver.md shows each of them at work.
+
 Whole proofs, in modules of their own (they need numpy):
 
     operations         random operations held against the model and shadow tags, as replayable programs
@@ -37,10 +39,12 @@ from vmem_kv.testing.faults import (
     fail_any,
     fail_from,
     fail_kind,
+    fail_next,
     fail_once,
     interruption,
     natural_error,
     no_faults,
+    slow,
 )
 from vmem_kv.testing.limiting import LimitingDriver
 from vmem_kv.testing.memory import DriverMemory, HostMemory, ManualFence, Memory
@@ -77,9 +81,11 @@ __all__ = [
     "fail_any",
     "fail_from",
     "fail_kind",
+    "fail_next",
     "fail_once",
     "interruption",
     "natural_error",
     "no_faults",
     "replay",
+    "slow",
 ]

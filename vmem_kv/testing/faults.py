@@ -9,21 +9,23 @@ happens before its item takes effect, and `n_done` says how many items of the ba
     for n in range(1, driver.n_points + 1):
         run(CheckedDriver(FaultyDriver(HostDriver(), fail_once(n))))
 
-Assumptions: a plan is a pure function of the point; points are numbered over all threads in the order of arrival.
+Assumptions: a plan is a function of the point (`fail_next` alone remembers that it has hit). Points are numbered over
+all threads in the order of arrival. `available_bytes`, `current_stream` and `close` are no points.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
-from vmem_kv.driver.ledger import Ledger
 from vmem_kv.errors import DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, VmemError
+from vmem_kv.testing.adaptor import Adaptor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,7 +94,34 @@ def fail_any(*plans: Plan) -> Plan:
     return lambda point: next((error for plan in plans if (error := plan(point)) is not None), None)
 
 
-class FaultyDriver(Driver):
+def fail_next(operation: str, behind: int, make_error: MakeError = natural_error) -> Plan:
+    """Fail the first point of `operation` behind point number `behind`, once: the plan is for one run.
+
+    With `fail_any`, it hits the undoing of a failure: `fail_any(fail_once(n), fail_next("unmap", behind=n))`.
+    """
+    hits: list[int] = []
+
+    def plan(point: Point) -> BaseException | None:
+        if point.n <= behind or point.operation != operation or hits:
+            return None
+        hits.append(point.n)
+        return make_error(point)
+
+    return plan
+
+
+def slow(operation: str, seconds: float, sleep: Callable[[float], None] = time.sleep) -> Plan:
+    """Let every item of one operation take so much longer. Nothing fails.
+
+    Args:
+        operation: Which one.
+        seconds: How much longer.
+        sleep: How to wait; a test hands in `ManualClock.advance`.
+    """
+    return lambda point: sleep(seconds) if point.operation == operation else None
+
+
+class FaultyDriver(Adaptor):
     """Wrap `inner` so that `plan` decides at every item of every call whether it fails.
 
     Args:
@@ -101,25 +130,20 @@ class FaultyDriver(Driver):
     """
 
     def __init__(self, inner: Driver, plan: Plan = no_faults) -> None:
-        self.inner = inner
-        self.info = inner.info
+        super().__init__(inner)
         self.plan = plan
-        self.calls = Counter()
         self.points: list[Point] = []
         """Every point that was passed, failed or not."""
         self.faults: list[Point] = []
         """The points that failed."""
         self._n_of_kind: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @property
-    def ledger(self) -> Ledger:  # type: ignore[override]
-        """The inner driver's ledger."""
-        return self.inner.ledger
-
-    def available_bytes(self) -> int:
-        """See `Driver.available_bytes`; never fails."""
-        return self.inner.available_bytes()
+    def calls(self) -> Counter[str]:  # type: ignore[override]
+        """The calls as they were made; the driver inside counts an item each."""
+        return self._calls
 
     @property
     def n_points(self) -> int:
@@ -226,22 +250,14 @@ class FaultyDriver(Driver):
         self._point("bind_thread", 0)
         self.inner.bind_thread()
 
-    def current_stream(self) -> int:
-        """See `Driver.current_stream`; never fails."""
-        return self.inner.current_stream()
-
     def fence(self, streams: Collection[int] = ()) -> Fence:
         """See `Driver.fence`; one point."""
         self._point("fence", 0)
         return self.inner.fence(streams)
 
-    def close(self) -> None:
-        """See `Driver.close`; never fails on purpose."""
-        self.inner.close()
-
     def _call(self, operation: str) -> None:
         with self._lock:
-            self.calls[operation] += 1
+            self._calls[operation] += 1
 
     def _point(self, operation: str, n_done: int) -> None:
         with self._lock:

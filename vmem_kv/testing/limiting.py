@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vmem_kv.driver.base import Driver, Handle
-from vmem_kv.errors import OutOfPages, VmemError
-from vmem_kv.testing.adaptor import Adaptor
+from vmem_kv.errors import OutOfPages
+from vmem_kv.testing.adaptor import Adaptor, Effect
 from vmem_kv.units import format_bytes
 
 
@@ -52,13 +52,10 @@ class LimitingDriver(Adaptor):
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         """See `Driver.release`."""
-        n_done = 0
+        effect = Effect(len(handles))
         try:
-            self.inner.release(page_bytes, handles)
-            n_done = len(handles)
-        except VmemError as error:
-            n_done = error.n_done
-            raise
+            with effect:
+                self.inner.release(page_bytes, handles)
         finally:
             with self._lock:
-                self.n_live_bytes -= n_done * page_bytes
+                self.n_live_bytes -= effect.n_done * page_bytes

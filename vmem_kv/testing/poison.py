@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from vmem_kv.driver.base import Driver, Handle, Span
 from vmem_kv.errors import VmemError
-from vmem_kv.testing.adaptor import Adaptor
+from vmem_kv.testing.adaptor import Adaptor, Effect
 
 POISON = 0xFF
 
@@ -57,27 +57,24 @@ class PoisonDriver(Adaptor):
 
     def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
         """See `Driver.map`."""
-        n_done = len(handles)
+        effect = Effect(len(handles))
         try:
-            self.inner.map(page_bytes, addresses, handles)
-        except BaseException as error:
-            n_done = error.n_done if isinstance(error, VmemError) else 0
-            raise
+            with effect:
+                self.inner.map(page_bytes, addresses, handles)
         finally:
+            n_done = effect.n_done
             with self._lock:
                 self._mapped.update(zip(addresses[:n_done], handles[:n_done], strict=True))
                 self._n_mappings.update(handles[:n_done])
 
     def set_access(self, spans: Sequence[Span]) -> None:
         """See `Driver.set_access`; new pages are poisoned where they are not zero."""
-        n_done = len(spans)
+        effect = Effect(len(spans))
         try:
-            self.inner.set_access(spans)
-        except BaseException as error:
-            n_done = error.n_done if isinstance(error, VmemError) else 0
-            raise
+            with effect:
+                self.inner.set_access(spans)
         finally:
-            pages = self._pages_in(spans[:n_done])
+            pages = self._pages_in(spans[: effect.n_done])
             with self._lock:
                 self._accessible.update(address for address, _, _ in pages)
                 new = [(a, n) for a, n, handle in pages if handle in self._new]
@@ -106,16 +103,13 @@ class PoisonDriver(Adaptor):
         """See `Driver.release`."""
         with self._lock:  # before the call: the names may be another thread's before it returns
             sizes = {handle: self._page_bytes.pop(handle) for handle in handles if handle in self._page_bytes}
-        n_done = 0
+        effect = Effect(len(handles))
         try:
-            self.inner.release(page_bytes, handles)
-            n_done = len(handles)
-        except VmemError as error:
-            n_done = error.n_done
-            raise
+            with effect:
+                self.inner.release(page_bytes, handles)
         finally:
             with self._lock:
-                self._page_bytes.update((h, sizes[h]) for h in handles[n_done:] if h in sizes)
+                self._page_bytes.update((h, sizes[h]) for h in handles[effect.n_done :] if h in sizes)
 
     def _pages_in(self, spans: Sequence[Span]) -> list[tuple[int, int, Handle]]:
         """The mapped pages of some ranges, as (address, bytes, handle)."""

@@ -1,13 +1,14 @@
 """Shorten a list of operations that goes wrong to one that still does, by leaving out more and more of it.
 
-Guarantees: the result fails, as the whole list did. No part of a tried size can be left out of it, unless the number of
-attempts ran out.
+Guarantees: the result fails in the same way as the whole list did: with an error of the same type, raised in the same
+place. No part of a tried size can be left out of it, unless the number of attempts ran out.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vmem_kv.driver.base import Driver
 from vmem_kv.testing.operations import Operation, Run
@@ -39,6 +40,20 @@ def shrink(items: Sequence[T], fails: Callable[[Sequence[T]], bool], max_attempt
     return best
 
 
+class Symptom(NamedTuple):
+    """How something goes wrong, told apart from other ways by type and place. What the message says may differ."""
+
+    kind: type[BaseException]
+    places: tuple[str, ...]
+    """The two innermost `file:line`: where it was raised, often in a function that raises for many, and for whom."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Symptom:
+        """Look at an error that was caught."""
+        frames = traceback.extract_tb(error.__traceback__)[-2:]
+        return cls(type(error), tuple(f"{frame.filename}:{frame.lineno}" for frame in frames))
+
+
 def repeat(driver: Driver, settings: dict[str, Any], operations: Sequence[Operation]) -> Run:
     """Make a run of a list of operations, without those that do not make sense any more, and finish it.
 
@@ -56,15 +71,19 @@ def repeat(driver: Driver, settings: dict[str, Any], operations: Sequence[Operat
 def shrink_run(
     open_driver: Callable[[], Driver], settings: dict[str, Any], operations: Sequence[Operation]
 ) -> list[Operation]:
-    """Return a short list of operations that goes wrong as `operations` do, each attempt on a driver of its own."""
+    """Return a short list of operations that goes wrong as `operations` do, each attempt on a driver of its own.
 
-    def fails(some: Sequence[Operation]) -> bool:
+    All of them are returned if they do not go wrong again: then what is wrong depends on what was there before.
+    """
+
+    def symptom_of(some: Sequence[Operation]) -> Symptom | None:
         driver = open_driver()
         try:
             repeat(driver, settings, some)
-        except Exception:
-            return True  # what it left behind goes with the process
+        except Exception as error:
+            return Symptom.of(error)  # what it left behind goes with the process
         driver.close()
-        return False
+        return None
 
-    return shrink(operations, fails)
+    symptom = symptom_of(operations)
+    return list(operations) if symptom is None else shrink(operations, lambda some: symptom_of(some) == symptom)

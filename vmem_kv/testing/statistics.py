@@ -1,5 +1,7 @@
 """How often each driver call is made, for how many items, how often it fails and how long it takes.
 
+Counted are the calls that make, change and copy memory, not those that ask (fences, streams, what is available).
+
 Guarantees: counts what took effect, also of calls that failed half way. A snapshot is consistent.
 Assumptions: the clock is monotonic. Calls of several threads at a time add up their times.
 """
@@ -12,9 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from vmem_kv.driver.base import Driver, Handle, Reservation, Span
-from vmem_kv.errors import VmemError
-from vmem_kv.testing.adaptor import Adaptor
+from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
+from vmem_kv.testing.adaptor import Adaptor, Effect
 from vmem_kv.testing.clock import Clock
 
 
@@ -86,33 +87,39 @@ class StatisticsDriver(Adaptor):
             self.inner.unmap(spans)
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
-        n_done = 0
+        effect = Effect(len(handles))
         try:
-            with self._measured("release", len(handles)):
+            with self._measured("release", len(handles)), effect:
                 self.inner.release(page_bytes, handles)
-            n_done = len(handles)
-        except VmemError as error:
-            n_done = error.n_done
-            raise
         finally:
             with self._lock:
-                self.n_live_bytes -= n_done * page_bytes
+                self.n_live_bytes -= effect.n_done * page_bytes
 
     def scrub(self, spans: Sequence[Span]) -> None:
         with self._measured("scrub", len(spans)):
             self.inner.scrub(spans)
 
+    def copy(self, copies: Sequence[Copy]) -> None:
+        with self._measured("copy", len(copies)):
+            self.inner.copy(copies)
+
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        with self._measured("copy_to_host", 1):
+            return self.inner.copy_to_host(address, buffer)
+
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        with self._measured("copy_from_host", 1):
+            return self.inner.copy_from_host(buffer, address)
+
     @contextmanager
     def _measured(self, operation: str, n_items: int) -> Iterator[None]:
-        begin = self._clock()
-        n_failed = 0
+        begin, effect, n_failed = self._clock(), Effect(n_items), 1
         try:
-            yield
-        except BaseException as error:
-            n_failed, n_items = 1, error.n_done if isinstance(error, VmemError) else 0
-            raise
+            with effect:
+                yield
+            n_failed = 0
         finally:
-            self._count(operation, 1, n_items, n_failed, self._clock() - begin)
+            self._count(operation, 1, effect.n_done, n_failed, self._clock() - begin)
 
     def _count(
         self, operation: str, n_calls: int = 0, n_items: int = 0, n_failed: int = 0, seconds: float = 0.0

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmem_kv.driver.base import Driver, Handle, Reservation
-from vmem_kv.errors import VmemError
-from vmem_kv.testing.adaptor import Adaptor
+from vmem_kv.testing.adaptor import Adaptor, Effect
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +92,13 @@ class TrackingDriver(Adaptor):
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         with self._lock:  # before the call, as above
             taken = {handle: self._pages.pop(handle) for handle in handles if handle in self._pages}
-        n_done = 0
+        effect = Effect(len(handles))
         try:
-            self.inner.release(page_bytes, handles)
-            n_done = len(handles)
-        except VmemError as error:
-            n_done = error.n_done
-            raise
+            with effect:
+                self.inner.release(page_bytes, handles)
         finally:
             with self._lock:
-                self._pages.update((handle, taken[handle]) for handle in handles[n_done:] if handle in taken)
+                self._pages.update((handle, taken[handle]) for handle in handles[effect.n_done :] if handle in taken)
 
     def _stack(self) -> tuple[str, ...]:
         frames = traceback.extract_stack(limit=self._max_frames + 2)[:-2]
