@@ -1,6 +1,7 @@
 """How much of its memory each scheme puts to use on real traffic, and what the allocator takes of a decode step.
 
     python -m benchmarks.frag TRACES... [--budget 40GiB] [--load full|recorded] [--json FILE] [--plot FILE.png]
+    python -m benchmarks.frag --redraw FILE.json --plot FILE.png
 
 For each trace: every scheme of `vmem-kv frag` under the same requests, at the shape of Llama-3-8B; the time of
 `ensure` over decode steps of the trace's first 256 requests, all at once; and the driver calls of a batch that comes
@@ -15,6 +16,7 @@ Memory is accounted, not taken: times are those of the allocator with a driver t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +76,10 @@ class Steps:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; return its record."""
     options = parse(arguments)
+    if options.redraw:
+        record: dict[str, Any] = json.loads(options.redraw.read_text())
+        draw(options, record["rows"])
+        return record
     console = Console()
     warn_if_busy(console)
     run = describe_run()
@@ -89,28 +95,34 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     targets = find_targets(rows, steps)
     print_steps(console, steps)
     print_targets(console, targets)
+    found_rows = rows_to_json(rows)
     record = {
         "schema": 2,
         "program": "frag",
         "run": run,
         "seeds": "none: nothing here is random",
-        "settings": {name: str(value) for name, value in vars(options).items() if name not in ("json", "traces")},
+        "settings": {
+            name: str(value) for name, value in vars(options).items() if name not in ("json", "traces", "redraw")
+        },
         "caveats": CAVEATS,
         "targets": [target.to_json() for target in targets],
         "steps": [asdict(each) for each in steps],
         "rows": [
-            {name: value for name, value in row.items() if options.series or name != "series"}
-            for row in rows_to_json(rows)
+            {name: value for name, value in row.items() if options.series or name != "series"} for row in found_rows
         ],
     }
     if options.json:
         write_json(options.json, record)
+    draw(options, found_rows)
+    return record
+
+
+def draw(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the rows of the wanted traces, if a picture was asked for."""
     if options.plot:
         from vmem_kv.cli.frag_plot import draw_rows
 
-        wanted = [row for row in rows if not options.plot_traces or row.trace in options.plot_traces]
-        draw_rows(options.plot, wanted)
-    return record
+        draw_rows(options.plot, [row for row in rows if row["trace"] in (options.plot_traces or [row["trace"]])])
 
 
 def check_origin(run: Mapping[str, Any], *, allow_dirty: bool) -> None:
@@ -136,7 +148,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.frag", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = parser.add_argument
-    add("traces", type=Path, nargs="+", metavar="TRACES")
+    add("traces", type=Path, nargs="*", metavar="TRACES")
     add("--model", default="llama-3-8b")
     add("--budget", default="40GiB")
     add("--load", type=Load, default=Load.FULL, choices=list(Load))
@@ -150,7 +162,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allow-dirty", action="store_true", help="write results of a checkout with uncommitted changes")
     add("--plot", type=Path, metavar="FILE", help="draw the schemes")
     add("--plot-traces", nargs="*", default=[], metavar="NAME", help="only these in the picture")
-    return parser.parse_args(arguments)
+    add("--redraw", type=Path, metavar="FILE", help="draw the rows of this JSON again; nothing is run")
+    options = parser.parse_args(arguments)
+    if bool(options.traces) == bool(options.redraw) or (options.redraw and not options.plot):
+        parser.error("name traces to run, or give --redraw FILE.json with --plot FILE.png")
+    return options
 
 
 def study(console: Console, path: Path, options: argparse.Namespace) -> tuple[list[Row], list[Steps]]:

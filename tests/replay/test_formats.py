@@ -17,6 +17,7 @@ from vmem_kv.traces import Request, find_shape, read_trace, scan_trace
 from vmem_kv.traces.conversations import MAX_CONVERSATION_CHARS
 from vmem_kv.traces.lines import MAX_LINE_BYTES
 
+SIZE = "# block_size: 99\n"
 HEADER = "arrival_s,prompt_tokens,output_tokens,session_id,prefix_hashes\n"
 
 
@@ -39,10 +40,13 @@ def test_a_csv_of_two_lines(tmp_path: Path) -> None:
 
 
 def test_the_normalised_form(tmp_path: Path) -> None:
-    text = f"# trace: mine\n# source: \x22quoted\x22\n{HEADER}0,374,44,,\n\n4.5,396,0,s1,1-3 7\n4.5,1,7,s1,\n"
+    text = f"# trace: mine\n# source: \x22quoted\x22\n{SIZE}{HEADER}0,374,44,,\n\n4.5,396,0,s1,1-3 7\n4.5,1,7,s1,\n"
     path = write(tmp_path, text)
-    assert requests(path) == [Request(0.0, 374, 44), Request(4.5, 396, 0), Request(4.5, 1, 7)]
+    blocks = (range(1, 4), range(7, 8))
+    assert requests(path) == [Request(0.0, 374, 44), Request(4.5, 396, 0, blocks), Request(4.5, 1, 7)]
     summary = scan_trace(path)
+    assert summary.block_tokens == 99
+    assert scan_trace(path, 1).block_tokens == 0  # the first request has no blocks
     assert summary.has_arrivals
     assert summary.is_ascending
     assert (summary.prompt_tokens, summary.output_tokens, summary.mean_tokens) == (771, 51, 274)
@@ -67,7 +71,7 @@ def test_azure(tmp_path: Path) -> None:
     lines += ["2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109", "2023-11-17 00:00:00,1,2"]
     path = write(tmp_path, "\r\n".join(lines) + "\r\n")
     found = requests(path)
-    assert [r[1:] for r in found] == [(374, 44), (396, 109), (1, 2)]
+    assert [r[1:3] for r in found] == [(374, 44), (396, 109), (1, 2)]
     assert found[0].arrival_s is not None
     assert found[1].arrival_s == pytest.approx(found[0].arrival_s + 4.314579, abs=1e-6)
     assert scan_trace(path).form == "Azure"
@@ -86,10 +90,11 @@ def test_burstgpt(tmp_path: Path) -> None:
 
 def test_mooncake(tmp_path: Path) -> None:
     rows = [{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}]
-    rows += [{"timestamp": 3000, "input_length": 7322, "output_length": 490, "hash_ids": list(range(300))}]
+    rows += [{"timestamp": 3000, "input_length": 7322, "output_length": 490, "hash_ids": [3, 4, 5, 7]}]
     path = write(tmp_path, "\n\n".join(map(json.dumps, rows)) + "\n", "trace.jsonl")
-    assert requests(path) == [Request(0.0, 6758, 500), Request(3.0, 7322, 490)]
+    assert requests(path) == [Request(0.0, 6758, 500, (range(2),)), Request(3.0, 7322, 490, (range(3, 6), range(7, 8)))]
     assert scan_trace(path).form == "Mooncake"
+    assert scan_trace(path).block_tokens == 512
 
 
 def conversation(*texts: str) -> dict[str, object]:
@@ -137,46 +142,81 @@ BURST = "Timestamp,Model,Request tokens,Response tokens\n"
 PAIR = "prompt_tokens,output_tokens\n"
 GZIPPED = gzip.compress(PAIR.encode() + b"3,4\n" * 1000)
 
-BAD: dict[str, tuple[str | bytes, str]] = {
+BAD_ROWS: dict[str, dict[str, str]] = {
+    # header: rows below it, and what the message must say
+    PAIR: {
+        "1,2\n5": "line 3: has 1 columns, 2 are needed",
+        "1,two": "line 2: output tokens are 'two'",
+        "1.5,2": "line 2: prompt tokens are '1.5'",
+        ",2": "line 2: prompt tokens are ''",
+        "nan,2": "prompt tokens are 'nan'",
+        "١٢,2": "which is no whole number",
+        "1,2\n-3,4": "line 3: prompt tokens are -3; they must lie between 1",
+        "0,4": "prompt tokens are 0",
+        f"{10**30},4": "prompt tokens have 31 digits",
+        "100000001,4": "must lie between 1 and 100,000,000",
+        '1,"2\n3,4': "line 2: is no row of a CSV",
+        "1,2\n1,234,5": "line 3: has 3 cells, but the header names 2 columns",
+    },
+    HEADER: {
+        "nan,1,1,,": "line 2: the arrival is nan",
+        "inf,1,1,,": "the arrival is inf",
+        "-1,1,1,,": "the arrival is -1",
+        "soon,1,1,,": "the arrival is 'soon'",
+        "0,9,1,,1": "has prefix_hashes, but no line such as '# block_size: 16'",
+        "0,9,1,,one": "prefix_hashes have 'one'; they are ids or runs of ids",
+        "0,9,1,,1-": "prefix_hashes have '1-'",
+        "0,9,1,,-1": "prefix_hashes have '-1'",
+    },
+    SIZE + HEADER: {
+        "0,9,1,,1 2": "line 3: has 2 blocks of 99 tokens for a prompt of 9",
+        "0,9,1,,2-1": "or a run of ids that goes down",
+        f"0,9,1,,1-{10**30}": "block ids too large",
+        f"0,9,1,,{2**31 // 99}": "block ids too large",
+    },
+    "# block_size: none\n" + HEADER: {"0,9,1,,": "line 1: tokens of a block are 'none'"},
+    AZURE: {
+        ",1,1": "line 2: the time is ''",
+        "yesterday,1,1": "the time is 'yesterday'",
+        "2023-11-16 18:15:46.,1,1": "it must look like",
+    },
+    BURST: {",x,1,1": "line 2: has no arrival"},
+}
+
+BAD_JSON: dict[str, str] = {
+    # fields of a row of JSON: what the message must say
+    '"timestamp": 1': "line 1: lacks input_length, output_length",
+    '"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": 5': "hash_ids must be a list",
+    '"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": [1, 2]': "has 2 blocks of 512 tokens",
+    '"timestamp": 1, "input_length": 9, "output_length": 1, "hash_ids": [-1]': "whole numbers from 0 on",
+    '"conversations": []': "ShareGPT's form is one JSON array",
+    '"timestamp": 1, "input_length": "x", "output_length": 1': "input_length are 'x'",
+    '"timestamp": 1, "input_length": true, "output_length": 1': "input_length are 'True'",
+    '"timestamp": NaN, "input_length": 5, "output_length": 1': "the arrival is nan ms",
+    '"timestamp": 1e999, "input_length": 5, "output_length": 1': "timestamp is 'inf'",
+    '"timestamp": 1, "input_length": 5.5, "output_length": 1': "input_length are '5.5'",
+    f'"timestamp": 1, "input_length": {10**4000}, "output_length": 1': "a number of 13288 bits",
+    f'"timestamp": 1, "input_length": {"9" * 5000}, "output_length": 1': "is no JSON",
+}
+
+BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     # what: content, what the message must say
-    "empty": ("", "holds no request"),
+    "empty": ("", "holds no request. The least that will do is two lines: prompt_tokens,output_tokens"),
     "white space": (" \n\n", "holds no request"),
     "header alone": (PAIR, "holds no request"),
     "comments alone": ("# a\n# b\n", "holds no request"),
     "zero bytes": (PAIR.encode() + b"1,2\n\0\0,4\n", "line 3: holds zero bytes"),
     "not UTF-8": (PAIR.encode() + b"1,2\n\xff\xfe,4\n", "line 3: is not UTF-8"),
+    "UTF-16": (PAIR.encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+    "zip": (b"PK\x03\x04....", "a zip archive or a spreadsheet; unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd....", "pack it with gzip"),
+    "Parquet": (b"PAR1....", "save it as CSV"),
     "unknown columns": ("a,b\n1,2\n", "line 1: has the columns 'a, b'"),
-    "one column missing": ("prompt_tokens,output\n1,2\n", "which is no form known here"),
-    "no header": ("1,2\n3,4\n", "A CSV trace begins with a header"),
-    "short row": (PAIR + "1,2\n5\n", "line 3: has 1 columns, 2 are needed"),
-    "text for a number": (PAIR + "1,two\n", "line 2: output tokens are 'two'"),
-    "a fraction": (PAIR + "1.5,2\n", "line 2: prompt tokens are '1.5'"),
-    "nothing": (PAIR + ",2\n", "line 2: prompt tokens are ''"),
-    "NaN tokens": (PAIR + "nan,2\n", "prompt tokens are 'nan'"),
-    "other digits": (PAIR + "١٢,2\n", "which is no whole number"),
-    "negative": (PAIR + "1,2\n-3,4\n", "line 3: prompt tokens are -3; they must lie between 1"),
-    "no prompt": (PAIR + "0,4\n", "prompt tokens are 0"),
-    "huge": (PAIR + f"{10**30},4\n", "prompt tokens have 31 digits"),
-    "too large": (PAIR + "100000001,4\n", "must lie between 1 and 100,000,000"),
-    "open quote": (PAIR + '1,"2\n3,4\n', "line 2: is no row of a CSV"),
-    "NaN arrival": (HEADER + "nan,1,1,,\n", "line 2: the arrival is nan"),
-    "infinite arrival": (HEADER + "inf,1,1,,\n", "the arrival is inf"),
-    "negative arrival": (HEADER + "-1,1,1,,\n", "the arrival is -1"),
-    "no number": (HEADER + "soon,1,1,,\n", "the arrival is 'soon'"),
-    "Azure, no time": (AZURE + ",1,1\n", "line 2: the time is ''"),
-    "Azure, no date": (AZURE + "yesterday,1,1\n", "the time is 'yesterday'"),
-    "Azure, a dot and nothing": (AZURE + "2023-11-16 18:15:46.,1,1\n", "it must look like"),
-    "BurstGPT, no time": (BURST + ",x,1,1\n", "line 2: has no arrival"),
+    "one column missing": ("prompt_tokens,output\n1,2\n", "Name them prompt_tokens and output_tokens"),
+    "no header": ("1,2\n3,4\n", "line 1: is '1,2': the header is missing. Put one in front"),
+    "semicolons": ("prompt_tokens;output_tokens\n1;2\n", "its cells stand apart by ';'. Separate them by commas"),
     "JSON, cut": ('{"timestamp": 0, "inp', "line 1: is no JSON"),
     "JSON, no object": ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n[1]\n', "line 2: is no JSON object"),
-    "JSON, keys missing": ('{"timestamp": 1}\n', "line 1: lacks input_length, output_length"),
-    "JSON, a text": ('{"timestamp": 1, "input_length": "x", "output_length": 1}', "input_length are 'x'"),
-    "JSON, a truth": ('{"timestamp": 1, "input_length": true, "output_length": 1}', "input_length are 'True'"),
-    "JSON, NaN": ('{"timestamp": NaN, "input_length": 5, "output_length": 1}', "the arrival is nan ms"),
-    "JSON, endless": ('{"timestamp": 1e999, "input_length": 5, "output_length": 1}', "timestamp is 'inf'"),
-    "JSON, a fraction": ('{"timestamp": 1, "input_length": 5.5, "output_length": 1}', "input_length are '5.5'"),
-    "JSON, huge": (f'{{"timestamp": 1, "input_length": {10**4000}, "output_length": 1}}', "a number of 13288 bits"),
-    "JSON, too huge": (f'{{"timestamp": 1, "input_length": {"9" * 5000}, "output_length": 1}}', "is no JSON"),
     "JSON, deep": ('{"timestamp": ' + "[" * 100_000, "is no JSON"),
     "array, cut": ('[{"conversations": [', "line 1: a conversation that begins here is no JSON"),
     "array, not closed": ('[{"conversations": []}', "the file ends before its array does"),
@@ -190,10 +230,21 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "gzip, cut": (GZIPPED[: len(GZIPPED) // 2], "cannot be read"),
     "gzip, broken": (GZIPPED[:12] + b"junk" + GZIPPED[20:], "cannot be read"),
     "gzip in name only": (b"\x1f\x8bgarbage that goes on for a while", "cannot be read"),
+    "gzip bomb": (gzip.compress(bytes(20_000_000)), "longer than"),
+    "a conversation without end": (
+        '[{"conversations": [{"from": "human", "value": "' + "x" * (MAX_CONVERSATION_CHARS + 10),
+        "longer than",
+    ),
+}
+
+BAD: dict[str, tuple[str | bytes, str]] = {
+    **{row: (f"{header}{row}\n", reason) for header, rows in BAD_ROWS.items() for row, reason in rows.items()},
+    **{fields: (f"{{{fields}}}\n", reason) for fields, reason in BAD_JSON.items()},
+    **BAD_FILES,
 }
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("what", BAD, ids=lambda what: what[:60])
 def test_what_is_no_trace_is_refused_with_file_and_reason(tmp_path: Path, what: str) -> None:
     content, reason = BAD[what]
     path = write(tmp_path, content)
@@ -208,15 +259,27 @@ def test_what_is_no_trace_is_refused_with_file_and_reason(tmp_path: Path, what: 
 
 
 def test_missing_folders_and_forbidden_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        scan_trace(tmp_path / "nowhere.csv")
-    with pytest.raises(ConfigError, match="this is a folder"):
-        scan_trace(tmp_path)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        scan_trace(Path("/proc/self/mem"))
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="save it to a file first"):
-        scan_trace(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path / "nowhere.csv", "there is no such file; name a request trace"),
+        (tmp_path, "this is a folder"),
+        (Path("/proc/self/mem"), "cannot be read"),
+        (tmp_path / "pipe", "save it to a file first"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            scan_trace(path)
+
+
+def test_a_file_that_may_not_be_read_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = write(tmp_path, PAIR + "1,2\n")
+    monkeypatch.setattr(Path, "open", forbidden)  # root may read everything
+    with pytest.raises(ConfigError, match="chmod u\\+r"):
+        scan_trace(path)
 
 
 def test_a_line_of_ten_million_characters_is_refused_without_reading_it(tmp_path: Path) -> None:
@@ -229,22 +292,9 @@ def test_a_line_of_ten_million_characters_is_refused_without_reading_it(tmp_path
     finally:
         tracemalloc.stop()
     assert peak < 4 * MAX_LINE_BYTES
-    with pytest.raises(ConfigError, match="line 1: longer"):
-        scan_trace(write(tmp_path, "x" * 10_000_000))
-    with pytest.raises(ConfigError, match="line 1: longer"):
-        scan_trace(write(tmp_path, "{" + " " * 10_000_000))
-
-
-def test_a_gzip_bomb_is_refused_without_unpacking_it(tmp_path: Path) -> None:
-    path = write(tmp_path, gzip.compress(bytes(20_000_000)), "bomb.gz")
-    with pytest.raises(ConfigError, match="longer than"):
-        scan_trace(path)
-
-
-def test_a_conversation_without_end_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, '[{"conversations": [{"from": "human", "value": "' + "x" * (MAX_CONVERSATION_CHARS + 10))
-    with pytest.raises(ConfigError, match="longer than"):
-        scan_trace(path)
+    for start in ("x" * 10_000_000, "{" + " " * 10_000_000):
+        with pytest.raises(ConfigError, match="line 1: longer"):
+            scan_trace(write(tmp_path, start))
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -252,7 +302,7 @@ def test_random_bytes_are_a_trace_or_a_config_error(tmp_path: Path, seed: int) -
     """Cut, mix and damage good files; nothing but ConfigError may come out."""
     rng = random.Random(seed)
     good = [
-        (HEADER + "0,374,44,,\n4.5,396,0,s1,1-3 7\n").encode(),
+        (SIZE + HEADER + "0,374,44,,\n4.5,396,0,s1,1-3 7\n").encode(),
         (AZURE + "2023-11-16 18:15:46.6805900,374,44\n").encode(),
         (BURST + "5,ChatGPT,472,18\n").encode(),
         b'{"timestamp": 0, "input_length": 6758, "output_length": 500}\n' * 3,

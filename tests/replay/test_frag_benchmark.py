@@ -20,9 +20,10 @@ RESULTS = Path(frag.__file__).parent / "results"
 FROM_A_CHANGED_CHECKOUT = {
     # Results from before programs refused this. Their commit is the one that was being changed.
     "allocator-cpu.json": "written by another program, which does not refuse",
-    "frag-mooncake-first-fit.json": "from before this check; only shares of memory and batches are quoted",
-    "frag-mooncake-whole.json": "from before this check; only shares of memory and batches are quoted",
-    "frag-others.json": "from before this check; only shares of memory and batches are quoted",
+    "park-cpu.json": "written by another program, which does not refuse",
+    "prefix-claude.json": "from the change that brought the program; only counts are quoted, and they repeat exactly",
+    "prefix-recorded.json": "likewise",
+    "prefix-sessions.json": "likewise",
 }
 
 
@@ -122,6 +123,20 @@ def test_long_traces_are_cut_by_tokens(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("prompt_tokens,output_tokens\n" + "50,50\n" * 10)
     assert [frag.count_requests(trace, n) for n in (1, 100, 350, 1000, 1e9)] == [1, 1, 3, 10, 10]
+
+
+def test_a_picture_can_be_made_again_from_results(tmp_path: Path) -> None:
+    trace, out, plot = tmp_path / "t.csv", tmp_path / "x.json", tmp_path / "x.png"
+    trace.write_text("prompt_tokens,output_tokens\n" + "50,50\n" * 10)
+    words = [str(trace), "--budget", "1GiB", "--schemes", "16", "token", "--decode-steps", "0"]
+    frag.main([*words, "--json", str(out), "--allow-dirty", "--plot", str(plot)])
+    drawn = plot.read_bytes()
+    plot.unlink()
+    frag.main(["--redraw", str(out), "--plot", str(plot)])
+    assert plot.read_bytes() == drawn
+    for wrong in ([], ["--redraw", str(out)], [str(trace), "--redraw", str(out), "--plot", str(plot)]):
+        with pytest.raises(SystemExit):
+            frag.main(wrong)
 
 
 @pytest.mark.parametrize("patience", ["nan", "-1"])

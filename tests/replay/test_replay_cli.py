@@ -119,6 +119,15 @@ def test_options_change_what_they_say(tmp_path: Path) -> None:
     assert fit["policy"] == "shortest"
 
 
+@pytest.mark.parametrize("command", ["replay", "frag"])
+def test_a_request_that_no_budget_like_this_holds_is_said_to_be_rejected_and_why(tmp_path: Path, command: str) -> None:
+    result = run(command, write(tmp_path, PAIR + "90000,2\n100,5\n"), *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "The budget holds one sequence of 2,912 tokens at most" in result.stdout
+    assert "longer than the budget could hold 1" in result.stdout
+    assert "Raise --budget" in result.stdout
+
+
 def test_a_budget_too_small_for_the_usual_layout_gets_the_finest(tmp_path: Path) -> None:
     path = write(tmp_path, many())
     assert replayed(tmp_path, path, *SMALL)["layout"] == "token_major"
@@ -186,15 +195,60 @@ def test_frag_takes_words_of_schemes(tmp_path: Path) -> None:
     assert names == ["maximum length", "PagedAttention, blocks of 16"]
 
 
+def conversations(n_sessions: int = 6, n_turns: int = 5) -> str:
+    """Sessions whose prompts grow by two blocks of 16 a turn, all behind one common head of four."""
+    rows = []
+    for turn in range(n_turns):
+        for session in range(n_sessions):
+            first = 100 * (session + 1)
+            runs = f"0-3 {first}-{first + 2 * turn + 1}"
+            rows.append(f"{10 * turn + session},{16 * (6 + 2 * turn) + 5},8,{session},{runs}")
+    return "# block_size: 16\narrival_s,prompt_tokens,output_tokens,session_id,prefix_hashes\n" + "\n".join(rows) + "\n"
+
+
+def test_prefixes_are_shared_where_a_trace_says_what_is(tmp_path: Path) -> None:
+    path = write(tmp_path, conversations())
+    alone = replayed(tmp_path, path, *SMALL)
+    found = {
+        policy: replayed(tmp_path, path, *SMALL, "--share", "--prefix-policy", policy)["sharing"]
+        for policy in ("lru", "cost")
+    }
+    assert "sharing" not in alone
+    for sharing in found.values():
+        # Each turn but the first has all but two blocks and a tail; the first one of all but one session has the head.
+        n_hit = 16 * (sum(6 * (4 + 2 * turn) for turn in range(1, 5)) + 5 * 4)
+        assert sharing["n_hit_tokens"] == n_hit
+        assert sharing["n_adopted"] == 24
+        assert sharing["hit_rate"] == pytest.approx(sharing["bound"])
+    result = run("replay", path, *SMALL, "--share")
+    for text in ("of the upper bound", "100.0%", "adopted whole", "copies", "may pass 100 %"):
+        assert text in result.stdout
+    assert "did not come as recorded" not in result.stdout
+    full = run("replay", path, *SMALL, "--share", "--load", "full")
+    assert "Requests did not come as recorded" in full.stdout
+
+
+def test_a_host_tier_spares_what_a_small_budget_gives_up(tmp_path: Path) -> None:
+    path = write(tmp_path, conversations(n_sessions=12))
+    options = (*SMALL, "--budget", "16MiB", "--layout", "token_major", "--page-bytes", "64k", "--share")
+    small, helped = replayed(tmp_path, path, *options), replayed(tmp_path, path, *options, "--host-bytes", "64MiB")
+    assert small["sharing"]["n_evicted"] > 0
+    assert small["sharing"]["hit_rate"] < helped["sharing"]["hit_rate"] <= helped["sharing"]["bound"]
+    assert helped["sharing"]["n_restored_tokens"] > 0
+
+
+SHARED = "# block_size: 16\nprompt_tokens,output_tokens,prefix_hashes\n40,2,1-2\n"
+
 BAD: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
-    "missing": (lambda d: ["replay", d / "no.csv"], "No such file"),
+    "missing": (lambda d: ["replay", d / "no.csv"], "name a request trace"),
     "folder": (lambda d: ["replay", d], "this is a folder"),
     "empty": (lambda d: ["replay", write(d, "")], "holds no request"),
     "junk": (lambda d: ["replay", write(d, bytes(range(256)))], "holds zero bytes"),
     "negative": (lambda d: ["replay", write(d, PAIR + "5,5\n-1,5\n")], "line 3: prompt tokens are -1"),
     "columns": (lambda d: ["frag", write(d, "a,b\n1,2\n")], "no form known here"),
     "second trace": (lambda d: ["frag", write(d, PAIR + "1,2\n"), write(d, "x", "b.csv")], "b.csv"),
-    "budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "lots"], "is not a size in bytes"),
+    "budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "lots"], "--budget: 'lots' is not a size"),
+    "page size": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--page-bytes", "big"], "--page-bytes: 'big' is not"),
     "no budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "0"], "--budget is 0"),
     "small budget": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "1k"], "--budget"),
     "below a page": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--budget", "1m"], "less than one page"),
@@ -248,6 +302,39 @@ BAD: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
             *("frag", write(d, PAIR + "90000000,2\n"), "--budget", "100t", "--max-batch", "65536", "--scheme", "token"),
         ],
         "lower --max-batch",
+    ),
+    "nothing to share": (lambda d: ["replay", write(d, PAIR + "1,2\n"), "--share"], "It needs a column prefix_hashes"),
+    "sharing real memory": (
+        lambda d: ["replay", write(d, SHARED), "--share", "--memory", "real"],
+        "leave --memory real out",
+    ),
+    "sharing nothing warm": (lambda d: ["replay", write(d, SHARED), "--share", "--no-warm"], "leave one of them out"),
+    "policy of nothing": (
+        lambda d: ["replay", write(d, SHARED), "--prefix-policy", "cost"],
+        "do nothing without --share",
+    ),
+    "host of nothing": (lambda d: ["replay", write(d, SHARED), "--host-bytes", "1g"], "do nothing without --share"),
+    "host size": (
+        lambda d: ["replay", write(d, SHARED), "--share", "--host-bytes", "much"],
+        "--host-bytes: 'much' is not a size",
+    ),
+    "planes of unlike rows": (
+        lambda d: [
+            *("replay", write(d, SHARED), "--share", "--model", "deepseek-v3", "--layout", "per_layer"),
+            *("--budget", "80GiB"),
+        ],
+        "use token_major",
+    ),
+    "sharing, too many addresses": (
+        lambda d: [
+            *("replay", write(d, SHARED.replace("40,2", "90000000,2")), "--share", "--budget", "100t"),
+            *("--max-batch", "65536", "--layout", "token_major"),
+        ],
+        "lower --max-batch",
+    ),
+    "sharing, below a page": (
+        lambda d: ["replay", write(d, SHARED), "--share", "--budget", "64m", "--layout", "per_layer"],
+        "raise it or lower --page-bytes",
     ),
     "scheme": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--scheme", "magic"], "no scheme has 'magic'"),
 }

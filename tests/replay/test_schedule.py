@@ -117,7 +117,7 @@ class Leaks(RivalMemory):
 
 
 class AdmitsTooMany(RivalMemory):
-    def lack(self, n_tokens: int) -> Shortage | None:
+    def lack(self, n_tokens: int, request: Request | None = None) -> Shortage | None:
         return None
 
 
@@ -186,9 +186,13 @@ def test_a_driver_that_cannot_hold_the_budget_is_closed() -> None:
 
 def test_a_policy_decides_who_comes_next() -> None:
     prompts = [900, 500, 40, 80]
-    assert (fcfs(prompts, lambda n: n < 600), first_fit(prompts, lambda n: n < 600)) == (None, 1)
-    assert (shortest(prompts, lambda n: n < 600), shortest(prompts, lambda n: n < 40)) == (2, None)
-    assert first_fit(prompts, lambda n: False) is None
+
+    def below(limit: int) -> Callable[[int], bool]:
+        return lambda index: prompts[index] < limit
+
+    assert (fcfs(prompts, below(600)), first_fit(prompts, below(600))) == (None, 1)
+    assert (shortest(prompts, below(600)), shortest(prompts, below(40))) == (2, None)
+    assert first_fit(prompts, below(0)) is None
     requests = [Request(None, n, 30) for n in (600, 600, 20, 20, 20)]
     steps = {name: run(paged(), requests, policy=policy).counts.n_steps for name, policy in POLICIES.items()}
     assert all(run(paged(), requests, policy=policy).counts.n_done == 5 for policy in POLICIES.values())
@@ -232,7 +236,7 @@ class RefusesToGrow(RivalMemory):
     def grow(self, lengths: Mapping[Key, int]) -> None:
         raise OutOfPages("never")
 
-    def begin(self, n_tokens: int, expected_tokens: int) -> Key:
+    def begin(self, n_tokens: int, expected_tokens: int, request: Request | None = None) -> Key:
         if n_tokens > 100:
             raise OutOfPages("never")
         return super().begin(n_tokens, expected_tokens)
@@ -432,7 +436,7 @@ class OverlooksMappings(AllocatorMemory):
     def obstacle(self, n_tokens: int) -> Shortage | None:
         return None
 
-    def lack(self, n_tokens: int) -> Shortage | None:
+    def lack(self, n_tokens: int, request: Request | None = None) -> Shortage | None:
         return None
 
 

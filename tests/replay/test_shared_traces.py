@@ -12,6 +12,7 @@ from vmem_kv.errors import ConfigError
 from vmem_kv.replay.schedule import Replay
 from vmem_kv.replay.study import SCHEMES, Setting
 from vmem_kv.traces import find_shape, read_trace, scan_trace
+from vmem_kv.traces.prefixes import unbounded_hits
 from vmem_kv.units import GIB
 
 FOLDER = Path(os.environ.get("VMEM_KV_TRACES") or Path(__file__).parents[3] / "shared" / "traces")
@@ -36,6 +37,26 @@ def test_public_traces_are_read_whole(name: str) -> None:
     assert (summary.n_requests, summary.prompt_tokens, summary.output_tokens) == ROWS[name]
     assert summary.has_arrivals == (not name.startswith("len_"))
     assert summary.is_ascending
+
+
+BOUNDS = {
+    # In percent, as published with the traces.
+    "mooncake_conversation": (512, 35.2),
+    "mooncake_synthetic": (512, 33.8),
+    "lmcache_miniswe": (16, 93.2),
+    "lmcache_magagent": (16, 79.0),
+    "sharegpt300_multiturn": (16, 4.7),
+}
+
+
+@NO_TRACES
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_could_be_shared_is_what_was_published(name: str) -> None:
+    path = FOLDER / f"{name}.csv.gz"
+    block_tokens, percent = BOUNDS[name]
+    assert scan_trace(path).block_tokens == block_tokens
+    n_prompt, n_cached = unbounded_hits(read_trace(path), block_tokens)
+    assert 100 * n_cached / n_prompt == pytest.approx(percent, abs=0.051)
 
 
 @NO_TRACES

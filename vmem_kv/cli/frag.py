@@ -13,19 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vmem_kv
-from vmem_kv.cli.trace_options import (
-    DEFAULT_BUDGET,
-    Load,
-    PolicyName,
-    check_writable,
-    describe_traffic,
-    make_traffic,
-    progress_bar,
-    read_budget,
-    show_number,
-    show_share,
-    write_json,
-)
+from vmem_kv.cli import trace_options as shared
 from vmem_kv.errors import ConfigError
 from vmem_kv.replay.study import SCHEMES, Row, Scheme, Setting, rows_to_json, run_scheme, window_of
 from vmem_kv.traces.shapes import find_shape
@@ -33,35 +21,54 @@ from vmem_kv.units import format_bytes
 
 
 def frag(
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACES...", help="Request traces, gzipped or not.")],
-    model: Annotated[
-        str, typer.Option(help="Whose K and V: a name such as llama-3-70b, or LAYERSxHEADSxDIM:FORMAT.")
-    ] = "llama-3-8b",
-    budget: Annotated[str, typer.Option(help="Physical memory for every scheme, such as 40GiB.")] = DEFAULT_BUDGET,
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE", help="One request trace or several, gzipped or not.")
+    ],
+    load: shared.LoadOption = shared.Load.FULL,
+    policy: shared.PolicyOption = shared.PolicyName.FCFS,
+    patience: shared.PatienceOption = None,
+    max_requests: shared.MaxRequestsOption = None,
+    model: shared.ModelOption = "llama-3-8b",
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="BYTES", rich_help_panel=shared.MEMORY, help="Physical memory that each scheme gets, such as 40GiB."
+        ),
+    ] = shared.DEFAULT_BUDGET,
     scheme: Annotated[
         list[str] | None,
-        typer.Option(help="Only schemes with these words in their names; may be repeated.", show_default="all"),
+        typer.Option(
+            metavar="WORD",
+            rich_help_panel=shared.MEMORY,
+            help="Only schemes with this word in their names, such as paged or token; may be given several times.",
+            show_default="all",
+        ),
     ] = None,
-    policy: Annotated[PolicyName, typer.Option(help="Who is admitted next.")] = PolicyName.FCFS,
-    load: Annotated[
-        Load, typer.Option(help="Always some waiting (full), or requests at their recorded arrivals.")
-    ] = Load.FULL,
-    patience: Annotated[
-        float | None, typer.Option(min=0.0, help="Reject who waits for more seconds.", show_default="never")
+    max_batch: shared.MaxBatchOption = 2048,
+    speed: shared.SpeedOption = 1.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            rich_help_panel=shared.RESULTS,
+            help="Draw utilisation over time, batches, rejections and driver calls.",
+        ),
     ] = None,
-    max_requests: Annotated[int | None, typer.Option(min=1, help="Stop reading after so many.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=65536, help="The most sequences at once.")] = 2048,
-    speed: Annotated[float, typer.Option(help="2 for a device twice as fast.")] = 1.0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw it.")] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw it as SVG.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", rich_help_panel=shared.RESULTS, help="The same as SVG.")
+    ] = None,
+    json_file: shared.JsonOption = None,
+    debug: shared.DebugOption = False,
 ) -> None:
     """Show how much of its memory each scheme puts to use, and how many sequences ran at once.
 
     The same requests run under reservation of the maximum length, growth by powers of two, PagedAttention with blocks
-    of 16 and 256, and vmem_kv in several layouts: these are the real allocator, the others are rules that favour their
-    models. No memory is taken, only counted. Ctrl-C ends it with what was found so far.
+    of 16 and 256, and vmem_kv in several layouts. vmem_kv is the real allocator; the others are rules that favour their
+    models. No memory is taken, only counted. Without --load recorded there are always requests waiting, so that each
+    scheme runs as many at once as it can. Ctrl-C ends it with what was found so far.
+
+    A TRACE is what `vmem-kv replay` reads; a CSV file with the columns prompt_tokens and output_tokens will do. One of
+    10,000 requests takes minutes: try --max-requests 500 first.
 
     Try one of these:
 
@@ -74,16 +81,17 @@ def frag(
     out, err = Console(), Console(file=sys.stderr)
     for option, path, suffix in (("--plot", plot, ".png"), ("--svg", svg, ".svg"), ("--json", json_file, ".json")):
         if path:
-            check_writable(option, path, (suffix,))
-    shape, budget_bytes = find_shape(model), read_budget(budget)
+            shared.check_writable(option, path, (suffix,))
+    shape, budget_bytes = find_shape(model), shared.read_size("--budget", budget)
     chosen = choose_schemes(scheme or [])
     # All traces are checked before the first one runs: a mistake in the last shows at once.
     traffics = [
-        make_traffic(path, load, policy, max_requests=max_requests, patience_s=patience, speed=speed) for path in traces
+        shared.make_traffic(path, load, policy, max_requests=max_requests, patience_s=patience, speed=speed)
+        for path in traces
     ]
     rows: list[Row] = []
     interruption: BaseException | None = None
-    with progress_bar(err) as start:
+    with shared.progress_bar(err) as start:
         for traffic in traffics:
             setting = Setting.for_trace(shape, budget_bytes, traffic.summary.longest_tokens, max_batch)
             for each in chosen:
@@ -97,22 +105,22 @@ def frag(
     for traffic in traffics:
         ours = [row for row in rows if row.traffic is traffic]
         if ours:
-            out.print(describe_traffic(traffic), highlight=False, markup=False, soft_wrap=True)
+            shared.write(out, shared.describe_traffic(traffic))
             print_rows(out, ours)
+    record = rows_to_json(rows)
     if json_file:
-        record = {"vmem_kv": vmem_kv.__version__, "rows": rows_to_json(rows)}
-        write_json(json_file, record)
+        shared.write_json(json_file, {"vmem_kv": vmem_kv.__version__, "rows": record})
     pictures = [path for path in (plot, svg) if path]
     if pictures and rows:
         from vmem_kv.cli.frag_plot import draw_rows
 
         for path in pictures:
-            draw_rows(path, rows)
+            draw_rows(path, record)
     for path in (json_file, *pictures):
         if path:
-            err.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
+            shared.write(err, f"Written: {path}")
     if interruption:
-        out.print("Interrupted: the last row is of the part that was done.", highlight=False)
+        shared.write(out, "Interrupted: the last row is of the part that was done.")
         raise interruption
 
 
@@ -147,9 +155,9 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
         report, averages = row.report, row.report.averages_of(window)
         table.add_row(
             row.scheme if report.is_complete else f"{row.scheme} (interrupted)",
-            show_share(averages.live_of_active),
-            show_share(averages.live_of_owned),
-            show_number(averages.n_running),
+            shared.show_share(averages.live_of_active),
+            shared.show_share(averages.live_of_owned),
+            shared.show_number(averages.n_running),
             f"{report.n_peak_running:,}",
             f"{report.counts.n_rejected:,}",
             f"{report.counts.n_preemptions:,}",
@@ -157,7 +165,7 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
             _show_rate(report.driver_calls_per_1000_tokens),
             "abcdefgh"[kinds.index(row.waste)],
         )
-    out.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    shared.write(out, title, style="bold")
     out.print(table)
     lines = [f"Waste {'abcdefgh'[i]}, in live / active: {kind}." for i, kind in enumerate(kinds)]
     lines.append(
@@ -175,17 +183,17 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
         counts = row.report.counts
         for what, by_reason in (("rejected", counts.rejected), ("preempted", counts.preempted)):
             if by_reason.keys() - {"OutOfPages"}:
-                reasons = ", ".join(f"{name} {n:,}" for name, n in sorted(by_reason.items()))
-                lines.append(f"{row.scheme}, {what}: {reasons}.")
+                lines.append(f"{row.scheme}, {what}: {shared.show_reasons(by_reason)}.")
         if n_steps := counts.held_up.get("OutOfMappings"):
             lines.append(
                 f"{row.scheme}: the limit on mappings held requests up in {n_steps:,} of {counts.n_steps:,} steps."
             )
+    lines += shared.remarks(setting, rows[0].traffic)
     for line in lines:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        shared.write(out, line)
     out.print()
 
 
 def _show_rate(number: float | None) -> str:
     """Short enough for a column of six."""
-    return show_number(number, 0 if number is not None and number >= 100 else 1)
+    return shared.show_number(number, 0 if number is not None and number >= 100 else 1)

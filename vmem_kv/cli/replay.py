@@ -9,37 +9,37 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 import vmem_kv
-from vmem_kv.cli.trace_options import (
-    DEFAULT_BUDGET,
-    Load,
-    PolicyName,
-    check_writable,
-    describe_traffic,
-    make_traffic,
-    progress_bar,
-    read_budget,
-    show_number,
-    show_share,
-    write_json,
-)
+from vmem_kv.cli import trace_options as shared
+from vmem_kv.cli.replay_report import print_report, print_sharing
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.host import HostDriver
-from vmem_kv.errors import ConfigError, OutOfAddressSpace
+from vmem_kv.errors import ConfigError
 from vmem_kv.layout import Choice, Layout, choose_layout
 from vmem_kv.pages import BUDGET_SHARE
 from vmem_kv.replay.memory import AllocatorMemory
-from vmem_kv.replay.statistics import Report, Times
-from vmem_kv.replay.study import HOST_GRANULARITY_BYTES, Setting, Traffic, cuda_like, too_many_addresses
+from vmem_kv.replay.sharing import SharingMemory
+from vmem_kv.replay.study import (
+    HOST_GRANULARITY_BYTES,
+    Setting,
+    Traffic,
+    allocator_over,
+    cuda_like,
+    open_sharing,
+)
+from vmem_kv.traces.formats import read_trace
+from vmem_kv.traces.prefixes import unbounded_hits
 from vmem_kv.traces.shapes import find_shape
-from vmem_kv.units import MIB, format_bytes, parse_bytes
+from vmem_kv.units import MIB, format_bytes
 
 REAL_SHARE = 0.25
 """Share of the free memory that real memory takes where no budget is given."""
+
+
+SHARING = "Sharing prefixes"
+"""A heading of the help."""
 
 
 class MemoryKind(StrEnum):
@@ -49,47 +49,107 @@ class MemoryKind(StrEnum):
     ACCOUNTED = "accounted"
 
 
+class PrefixPolicy(StrEnum):
+    """Which cached prompt goes first."""
+
+    LRU = "lru"
+    COST = "cost"
+
+
 def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A request trace, gzipped or not.")],
-    model: Annotated[
-        str, typer.Option(help="Whose K and V: a name such as llama-3-70b, or LAYERSxHEADSxDIM:FORMAT.")
-    ] = "llama-3-8b",
+    load: shared.LoadOption = shared.Load.AUTO,
+    policy: shared.PolicyOption = shared.PolicyName.FCFS,
+    patience: shared.PatienceOption = None,
+    max_requests: shared.MaxRequestsOption = None,
+    model: shared.ModelOption = "llama-3-8b",
     budget: Annotated[
         str | None,
         typer.Option(
+            metavar="BYTES",
+            rich_help_panel=shared.MEMORY,
             help="Physical memory for the cache, such as 40GiB.",
-            show_default=f"{DEFAULT_BUDGET}; a quarter of what is free if real",
+            show_default=f"{shared.DEFAULT_BUDGET}; a quarter of what is free if real",
         ),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            rich_help_panel=shared.MEMORY,
+            help="What lies side by side: auto, per_head, per_layer, group:N (of N layers) or token_major. The further "
+            "to the right, the finer the growth and the longer the stride.",
+        ),
+    ] = "auto",
     page_bytes: Annotated[
         str | None,
-        typer.Option(help="Unit of physical memory, such as 64k.", show_default="2MiB; by the layout if real"),
+        typer.Option(
+            metavar="BYTES",
+            rich_help_panel=shared.MEMORY,
+            help="Unit of physical memory, such as 64k.",
+            show_default="2MiB; by the layout if real",
+        ),
     ] = None,
-    layout: Annotated[str, typer.Option(help="auto, per_head, per_layer, group:N or token_major.")] = "auto",
-    policy: Annotated[PolicyName, typer.Option(help="Who is admitted next.")] = PolicyName.FCFS,
-    load: Annotated[
-        Load, typer.Option(help="Requests at their recorded arrivals, or always some waiting (full).")
-    ] = Load.AUTO,
-    patience: Annotated[
-        float | None, typer.Option(min=0.0, help="Reject who waits for more seconds.", show_default="never")
-    ] = None,
-    warm: Annotated[
-        bool, typer.Option("--warm/--no-warm", help="Keep the pages of ended sequences mapped until they are needed.")
-    ] = True,
     memory: Annotated[
-        MemoryKind, typer.Option(help="Pages of this machine, or books without any memory.")
+        MemoryKind,
+        typer.Option(rich_help_panel=shared.MEMORY, help="Pages of this machine, or books without any memory."),
     ] = MemoryKind.ACCOUNTED,
-    max_requests: Annotated[int | None, typer.Option(min=1, help="Stop reading after so many.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=65536, help="The most sequences at once.")] = 2048,
-    speed: Annotated[float, typer.Option(help="2 for a device twice as fast.")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    warm: Annotated[
+        bool,
+        typer.Option(
+            "--warm/--no-warm",
+            rich_help_panel=shared.MEMORY,
+            help="Keep the pages of ended sequences mapped until they are needed, or unmap them at once.",
+        ),
+    ] = True,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            rich_help_panel=SHARING,
+            help="Keep the prompts of ended sequences, and begin new ones with what they share with any prompt. The "
+            "trace must say what that is (prefix_hashes, hash_ids).",
+        ),
+    ] = False,
+    prefix_policy: Annotated[
+        PrefixPolicy | None,
+        typer.Option(
+            rich_help_panel=SHARING,
+            help="Which cached prompt goes first: the one that was used longest ago, or the one that is expected to "
+            "spare the least work for each page.",
+            show_default="lru",
+        ),
+    ] = None,
+    host_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            rich_help_panel=SHARING,
+            help="Host memory for prompts that the cache gives up, such as 256GiB.",
+            show_default="none",
+        ),
+    ] = None,
+    max_batch: shared.MaxBatchOption = 2048,
+    speed: shared.SpeedOption = 1.0,
+    json_file: shared.JsonOption = None,
+    debug: shared.DebugOption = False,
 ) -> None:
-    """Run a trace of requests through the real allocator.
+    """Run a trace of requests through the real allocator, and say what it did.
 
-    Requests are batched as an engine would, step by step; only the time of a step is simulated. TRACE is a CSV file
-    with the columns prompt_tokens and output_tokens (and arrival_s), an Azure 2023 or BurstGPT CSV, a Mooncake JSONL
-    or a ShareGPT JSON file. Ctrl-C ends it with what was found so far.
+    Requests are batched as an engine would, step by step; only the time of a step is simulated. Memory is accounted:
+    the books of a device are kept, and no bytes, so that any model on any budget runs on any machine. --memory real
+    maps pages of this one. Ctrl-C ends it with what was found so far.
+
+    TRACE is one of these, gzipped or not:
+
+    - CSV with the columns prompt_tokens and output_tokens, and arrival_s (in seconds) if there are arrivals. The least
+      that will do is two lines: `prompt_tokens,output_tokens` and below it `100,50`
+
+    - the Azure 2023 CSV (TIMESTAMP, ContextTokens, GeneratedTokens), or BurstGPT's (Timestamp, Request tokens, Response
+      tokens)
+
+    - Mooncake's JSON lines (timestamp in ms, input_length, output_length), or ShareGPT's JSON array of conversations,
+      whose texts are counted as one token for every four characters
 
     Try one of these:
 
@@ -98,32 +158,49 @@ def replay(
     - `vmem-kv replay mooncake.jsonl --model llama-3-70b --budget 141GiB --load full --no-warm`
 
     - `vmem-kv replay mine.csv --model smollm2-135m --memory real --budget 1GiB`
+
+    - `vmem-kv replay mooncake.jsonl --share --budget 640GiB --host-bytes 2TiB --speed 8`
     """
     out, err = Console(), Console(file=sys.stderr)
     if json_file:
-        check_writable("--json", json_file, (".json",))
+        shared.check_writable("--json", json_file, (".json",))
     shape = find_shape(model)
-    wanted_page = parse_bytes(page_bytes) if page_bytes else None
-    traffic = make_traffic(trace, load, policy, max_requests=max_requests, patience_s=patience, speed=speed)
+    wanted_page = shared.read_size("--page-bytes", page_bytes) if page_bytes else None
+    traffic = shared.make_traffic(trace, load, policy, max_requests=max_requests, patience_s=patience, speed=speed)
+    if share:
+        _check_sharing(traffic, memory, keeps_warm=warm)
+    elif prefix_policy is not None or host_bytes is not None:
+        raise ConfigError("--prefix-policy and --host-bytes do nothing without --share; add it, or leave them out")
     driver, items, budget_bytes = _open_driver(memory, budget, wanted_page)
     try:
         setting = Setting.for_trace(shape, budget_bytes, traffic.summary.longest_tokens, max_batch)
         choice = _choose(driver, setting, traffic, layout, wanted_page)
-        planned = Layout.build(
-            choice.kind, shape.layers, n_slots=max_batch, max_tokens=setting.max_tokens, page_bytes=choice.page_bytes
-        )
-        try:
-            cache = AllocatorMemory(
-                "vmem_kv", driver, planned, budget_bytes, headroom=setting.headroom, keeps_warm=warm, items=items
+        if share:
+            cache: AllocatorMemory | SharingMemory = open_sharing(
+                setting,
+                name="vmem_kv",
+                kind=choice.kind,
+                page_bytes=choice.page_bytes,
+                traffic=traffic,
+                policy=(prefix_policy or PrefixPolicy.LRU).value,
+                host_bytes=shared.read_size("--host-bytes", host_bytes) if host_bytes else 0,
             )
-        except OutOfAddressSpace as error:
-            raise too_many_addresses(planned) from error
+            driver.close()  # it told what a device offers; a memory that shares keeps books of its own
+        else:
+            cache = allocator_over(
+                driver,
+                setting,
+                name="vmem_kv",
+                layout=setting.layout(choice.kind, choice.page_bytes),
+                keeps_warm=warm,
+                items=items,
+            )
     except BaseException:
         driver.close()
         raise
     interruption: KeyboardInterrupt | None = None
     try:
-        with progress_bar(err) as start:
+        with shared.progress_bar(err) as start:
             run = traffic.replay(cache, setting, start("requests", traffic.summary.n_requests))
             try:
                 run.run()
@@ -133,29 +210,53 @@ def replay(
         report, batches, calls = run.report(), cache.batches, cache.driver_calls
     finally:
         cache.close()
-    _print(out, report, setting, traffic, choice, memory, calls or batches)
+    print_report(out, report, setting, traffic, choice, memory.value, calls or batches)
+    facts: dict[str, Any] = {
+        "vmem_kv": vmem_kv.__version__,
+        "trace": str(trace),
+        "model": shape.name,
+        "token_bytes": shape.token_bytes,
+        "budget_bytes": budget_bytes,
+        "max_tokens": setting.max_tokens,
+        "memory": memory.value,
+        "layout": choice.kind,
+        "page_bytes": choice.page_bytes,
+        "keeps_warm": warm,
+        "load": "recorded" if traffic.is_timed else "full",
+        "policy": policy.value,
+        "batches": batches,
+        "driver_calls": calls,
+        "averaged": report.window,
+    }
+    if isinstance(cache, SharingMemory):
+        bound = find_bound(traffic)
+        print_sharing(out, report, cache, traffic, bound, choice.page_bytes)
+        facts["sharing"] = {**cache.counts.to_json(), "bound": bound}
     if json_file:
-        facts: dict[str, Any] = {
-            "vmem_kv": vmem_kv.__version__,
-            "trace": str(trace),
-            "model": shape.name,
-            "token_bytes": shape.token_bytes,
-            "budget_bytes": budget_bytes,
-            "max_tokens": setting.max_tokens,
-            "memory": memory.value,
-            "layout": choice.kind,
-            "page_bytes": choice.page_bytes,
-            "keeps_warm": warm,
-            "load": "recorded" if traffic.is_timed else "full",
-            "policy": policy.value,
-            "batches": batches,
-            "driver_calls": calls,
-            "averaged": report.window,
-        }
-        write_json(json_file, {**facts, **report.to_json()})
-        err.print(f"Results are in {json_file}", highlight=False, markup=False, soft_wrap=True)
+        shared.write_json(json_file, {**facts, **report.to_json()})
+        shared.write(err, f"Written: {json_file}")
     if interruption:
         raise interruption
+
+
+def find_bound(traffic: Traffic) -> float:
+    """The hit rate of a cache that never forgets, over all requests of the traffic."""
+    requests = read_trace(traffic.summary.path, traffic.max_requests)
+    n_prompt_tokens, n_cached_tokens = unbounded_hits(requests, traffic.summary.block_tokens)
+    return n_cached_tokens / n_prompt_tokens
+
+
+def _check_sharing(traffic: Traffic, memory: MemoryKind, *, keeps_warm: bool) -> None:
+    """Refuse what --share cannot be combined with."""
+    if not traffic.summary.block_tokens:
+        raise ConfigError(
+            f"{traffic.summary.path} does not say what its prompts share, so --share has nothing to go by. It needs a "
+            "column prefix_hashes and a line such as '# block_size: 16' (CSV), or hash_ids (Mooncake's form)"
+        )
+    if memory is MemoryKind.REAL:
+        raise ConfigError("--share keeps books of pages and maps none; leave --memory real out")
+    if not keeps_warm:
+        raise ConfigError("--share keeps the slots of ended sequences, which --no-warm gives up; leave one of them out")
 
 
 def _open_driver(
@@ -165,13 +266,13 @@ def _open_driver(
     if kind is MemoryKind.ACCOUNTED:
         if page_bytes is not None and (page_bytes < 1 or page_bytes % HOST_GRANULARITY_BYTES):
             raise ConfigError(f"--page-bytes is {page_bytes}; it must be a multiple of {HOST_GRANULARITY_BYTES}")
-        budget_bytes = read_budget(budget or DEFAULT_BUDGET)
+        budget_bytes = shared.read_size("--budget", budget or shared.DEFAULT_BUDGET)
         books = cuda_like(budget_bytes, page_bytes or 2 * MIB)
         return books, books.items, budget_bytes
     driver = HostDriver()
     available = driver.available_bytes()
     try:
-        budget_bytes = read_budget(budget) if budget else int(available * REAL_SHARE)
+        budget_bytes = shared.read_size("--budget", budget) if budget else int(available * REAL_SHARE)
         if budget_bytes > available * BUDGET_SHARE:
             raise ConfigError(
                 f"--budget is {format_bytes(budget_bytes)}, but {format_bytes(available)} are free here, of which "
@@ -208,95 +309,3 @@ def _choose(driver: Driver, setting: Setting, traffic: Traffic, layout: str, pag
             f"{format_bytes(choice.page_bytes)} in each of {len(planned.planes)} planes; raise it or lower --page-bytes"
         )
     return choice
-
-
-def _print(
-    out: Console,
-    report: Report,
-    setting: Setting,
-    traffic: Traffic,
-    choice: Choice,
-    memory: MemoryKind,
-    calls: dict[str, int],
-) -> None:
-    """Print what was found, each figure with what it counts."""
-    counts, page = report.counts, choice.page_bytes
-    averages = report.averages
-    when = "while requests waited" if report.window == "loaded" else "while anything ran"
-    title = (
-        f"{setting.shape.name}, {setting.shape.token_bytes:,} bytes a token, {format_bytes(setting.budget_bytes)} "
-        f"{memory.value}, {choice.kind}, pages of {format_bytes(page)}"
-    )
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("what")
-    table.add_column("figure", justify="right")
-    table.add_column("meaning")
-    rows: list[tuple[str, str, str]] = [
-        ("requests done", f"{counts.n_done:,}", f"of {traffic.summary.n_requests:,}"),
-        (
-            "rejected",
-            f"{counts.n_rejected:,}",
-            _by_reason(counts.rejected) or "could not run alone, or waited too long",
-        ),
-        (
-            "preempted",
-            f"{counts.n_preemptions:,}",
-            f"{_by_reason(counts.preempted, '; ')}{counts.n_recomputed_tokens:,} tokens computed again",
-        ),
-        ("sequences at once", f"{averages.n_running:,.1f}", f"time-averaged; at most {report.n_peak_running:,}"),
-        ("live / active", show_share(averages.live_of_active), "waste: mapped, unused memory of running sequences"),
-        ("live / mapped", show_share(averages.live_of_mapped), "waste: that, and pages kept warm for the next ones"),
-        (
-            "live / owned",
-            show_share(averages.live_of_owned),
-            f"waste: that, and free pages that are kept; {show_share(report.peak_live_of_owned)} at the peak",
-        ),
-        (
-            "owned pages",
-            f"{averages.owned_bytes // page:,}",
-            f"time-averaged; at most {report.peak_owned_bytes // page:,}",
-        ),
-        ("mapped pages", f"{averages.mapped_bytes // page:,}", "time-averaged, active and warm"),
-        ("mappings", f"{report.n_peak_mappings:,}", f"at most; the limit is {report.max_mappings or 0:,}"),
-        (
-            "batches",
-            show_number(report.batches_per_1000_tokens),
-            "per 1,000 output tokens; each for any number of pages",
-        ),
-        (
-            "driver calls",
-            show_number(report.driver_calls_per_1000_tokens),
-            "per 1,000 output tokens, one for each page or span; in the second half "
-            f"{show_number(report.late_driver_calls_per_1000_tokens)}"
-            if report.n_driver_calls is not None
-            else "counted for accounted memory only",
-        ),
-        ("allocator and driver", _show_times(report.step_times), "all steps, p50 / p99; the driver's time is in it"),
-        ("allocator, quiet steps", _show_times(report.quiet_times), _quiet_meaning(report.quiet_times)),
-        ("simulated time", f"{report.whole.seconds:,.1f} s", f"in {counts.n_steps:,} steps, idle time left out"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    out.print(describe_traffic(traffic), highlight=False, markup=False, soft_wrap=True)
-    out.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
-    out.print(table)
-    out.print(f"Averages: {when}. Layout: {choice.why}", highlight=False, markup=False, soft_wrap=True)
-    listed = ", ".join(f"{name} {n:,}" for name, n in sorted(calls.items()))
-    kind = "Driver calls" if report.n_driver_calls is not None else "Batches"
-    out.print(f"{kind}: {listed}", highlight=False, markup=False, soft_wrap=True)
-    if not report.is_complete:
-        out.print("Interrupted: these are the figures of the part that was done.", highlight=False)
-
-
-def _by_reason(counts: dict[str, int], end: str = "") -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in sorted(counts.items())) + (end if counts else "")
-
-
-def _show_times(times: Times | None) -> str:
-    return f"{times.p50_us:,.1f} / {times.p99_us:,.1f} us" if times else "-"
-
-
-def _quiet_meaning(times: Times | None) -> str:
-    if times is None:
-        return "steps in which nobody came, went or needed a page: none"
-    return f"nobody came, went or needed a page: {times.n_steps:,} steps of {times.n_running:,.0f} sequences"

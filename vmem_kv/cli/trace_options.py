@@ -1,26 +1,33 @@
-"""What the commands that read traces have in common: options, a trace's summary, a progress bar, a JSON file."""
+"""What the commands that read traces have in common: options, a trace's summary, a progress bar, a JSON file.
+
+The options are annotations, so that both commands say the same of them in their help.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vmem_kv.errors import ConfigError
-from vmem_kv.replay.schedule import StepTime
-from vmem_kv.replay.study import Traffic
+from vmem_kv.replay.schedule import LOOK_AHEAD, StepTime
+from vmem_kv.replay.study import Setting, Traffic
 from vmem_kv.traces.formats import TraceSummary, scan_trace
+from vmem_kv.traces.shapes import SHAPES
 from vmem_kv.units import parse_bytes
 
 DEFAULT_BUDGET = "40GiB"
+TRAFFIC, MEMORY, RESULTS = "Which requests, and when they come", "What they run on", "What comes out"
+"""Headings of the help."""
 
 
 class Load(StrEnum):
@@ -39,15 +46,76 @@ class PolicyName(StrEnum):
     SHORTEST = "shortest"
 
 
-def read_budget(text: str) -> int:
-    """Read --budget.
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SHAPE",
+        rich_help_panel=MEMORY,
+        help=f"Whose K and V are held: {', '.join(SHAPES)}; or LAYERSxHEADSxDIM:FORMAT, such as 32x8x128:bf16.",
+    ),
+]
+PolicyOption = Annotated[
+    PolicyName,
+    typer.Option(
+        rich_help_panel=TRAFFIC,
+        help=f"Who of the waiting is admitted next: the first; the first of {LOOK_AHEAD} that fits; or the shortest "
+        f"prompt of {LOOK_AHEAD}.",
+    ),
+]
+LoadOption = Annotated[
+    Load,
+    typer.Option(
+        rich_help_panel=TRAFFIC,
+        help="Requests come at their recorded arrivals, or there are always some waiting (full). auto: recorded where "
+        "the trace has arrivals in order.",
+    ),
+]
+PatienceOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        metavar="SECONDS",
+        rich_help_panel=TRAFFIC,
+        help="With recorded arrivals: reject who has waited for longer since it came.",
+        show_default="never",
+    ),
+]
+MaxRequestsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=TRAFFIC, help="Take the first N requests only.", show_default="all"
+    ),
+]
+MaxBatchOption = Annotated[
+    int, typer.Option(min=1, max=65536, metavar="N", rich_help_panel=MEMORY, help="The most sequences at once.")
+]
+SpeedOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FACTOR",
+        rich_help_panel=MEMORY,
+        help="How fast the simulated device is: 1 for an 8B model on one large GPU (a step takes 6 ms, 40 us for each "
+        "prompt token and 0.04 us for each token in the cache), 2 for one twice as fast.",
+    ),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE.json", rich_help_panel=RESULTS, help="Write all results.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", rich_help_panel=RESULTS, help="Show the traceback of an error.")]
+
+
+def read_size(option: str, text: str) -> int:
+    """Read a number of bytes.
 
     Raises:
         ConfigError: It is no size, or none at all.
     """
-    n_bytes = parse_bytes(text)
+    try:
+        n_bytes = parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from error
     if n_bytes < 1:
-        raise ConfigError(f"--budget is {text}; give some memory, for example {DEFAULT_BUDGET}")
+        raise ConfigError(f"{option} is {text}; give some memory, for example {DEFAULT_BUDGET}")
     return n_bytes
 
 
@@ -67,7 +135,9 @@ def make_traffic(
         reason = "arrivals that go back in time" if summary.has_arrivals else "requests without an arrival"
         raise ConfigError(f"{path} has {reason}; replay it with --load full")
     usual = StepTime()
-    step_time = StepTime(usual.fixed_s / speed, usual.prefill_s / speed, usual.context_s / speed)
+    step_time = StepTime(
+        usual.fixed_s / speed, usual.prefill_s / speed, usual.context_s / speed, usual.restore_s / speed
+    )
     is_timed = has_clock if load is Load.AUTO else load is Load.RECORDED
     if patience_s is not None and not is_timed:
         remedy = "play it with --load recorded, or leave --patience out" if has_clock else "leave --patience out"
@@ -85,9 +155,21 @@ def describe_traffic(traffic: Traffic) -> str:
         load += " (the trace's arrivals go back in time)"
     note = f"; {summary.note}" if summary.note else ""
     return (
-        f"{summary.path.name}: {summary.form} form, {summary.n_requests:,} requests, "
+        f"{summary.path.name}: {summary.form} form, {count(summary.n_requests, 'request')}, "
         f"{summary.prompt_tokens:,} prompt and {summary.output_tokens:,} output tokens, {load}, {traffic.policy}{note}"
     )
+
+
+def remarks(setting: Setting, traffic: Traffic) -> list[str]:
+    """What somebody must know who reads the results of a trace in a setting."""
+    longest_tokens = traffic.summary.longest_tokens
+    if setting.max_tokens >= longest_tokens:
+        return []
+    remark = (
+        f"The budget holds one sequence of {setting.max_tokens:,} tokens at most, and the trace's longest is of "
+        f"{longest_tokens:,}: longer ones are rejected. Raise --budget."
+    )
+    return [remark]
 
 
 @contextmanager
@@ -130,6 +212,30 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
             text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
         fields.append(f" {json.dumps(name)}: {text}")
     path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+
+
+def write(out: Console, text: str, style: str | None = None) -> None:
+    """Write a line as it is: rich's own ideas about markup, colours and line ends left out."""
+    out.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_reasons(counts: Mapping[str, int]) -> str:
+    """What there was too little of, and how often."""
+    return ", ".join(f"{_REASONS.get(name, name)} {n:,}" for name, n in sorted(counts.items()))
+
+
+_REASONS = {
+    "OutOfPages": "too few pages",
+    "OutOfMappings": "too few mappings",
+    "OutOfAddressSpace": "longer than the budget could hold",
+    "OutOfSlots": "batch full",
+    "patience": "waited too long",
+}
 
 
 def show_share(share: float | None) -> str:

@@ -23,6 +23,7 @@ from vmem_kv.errors import CapacityError, OutOfAddressSpace, OutOfMappings, OutO
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
+from vmem_kv.traces.formats import Request
 
 Key = NewType("Key", int)
 """A running sequence, as its memory calls it."""
@@ -77,11 +78,24 @@ class Memory(Protocol):
     def obstacle(self, n_tokens: int) -> Shortage | None:
         """What keeps a sequence of so many tokens from running, even if it were alone; None if nothing does."""
 
-    def lack(self, n_tokens: int) -> Shortage | None:
+    @property
+    def n_cached_tokens(self) -> int:
+        """Prompt tokens that were there already when a sequence began, of all so far; 0 where nothing is shared."""
+
+    @property
+    def n_restored_tokens(self) -> int:
+        """Of `n_cached_tokens`, those that were copied back from a slower tier."""
+
+    def lack(self, n_tokens: int, request: Request | None = None) -> Shortage | None:
         """What keeps it from beginning now, such that the running ones have room to grow; None if nothing does."""
 
-    def begin(self, n_tokens: int, expected_tokens: int) -> Key:
+    def begin(self, n_tokens: int, expected_tokens: int, request: Request | None = None) -> Key:
         """Start a sequence with so many tokens, which may become `expected_tokens` long.
+
+        Args:
+            n_tokens: Of the prompt, and of what was made before a preemption.
+            expected_tokens: A guess.
+            request: Whose prompt it is, for a memory that shares prefixes.
 
         Raises:
             CapacityError: There is no room. Nothing changed but memory that was kept ready.
@@ -131,6 +145,7 @@ class AllocatorMemory:
         self.cache = KVCache(PagePool(driver, layout.page_bytes, budget_bytes // layout.page_bytes), layout)
         self.token_bytes = layout.token_bytes
         self.allocator_ns = 0
+        self.n_cached_tokens = self.n_restored_tokens = 0
         self.n_peak_mappings = 0
         self.max_mappings: int | None = driver.info.max_mappings
         self._driver = driver
@@ -186,7 +201,7 @@ class AllocatorMemory:
             return OutOfPages
         return OutOfMappings if self._mappings(n_pages, 1) > self._driver.info.max_mappings else None
 
-    def lack(self, n_tokens: int) -> Shortage | None:
+    def lack(self, n_tokens: int, request: Request | None = None) -> Shortage | None:
         n_running = len(self._capacity)
         if n_running >= self.layout.n_slots:
             return OutOfSlots
@@ -199,7 +214,7 @@ class AllocatorMemory:
             return OutOfMappings
         return None
 
-    def begin(self, n_tokens: int, expected_tokens: int) -> Key:
+    def begin(self, n_tokens: int, expected_tokens: int, request: Request | None = None) -> Key:
         began = time.perf_counter_ns()
         slot_id = self.cache.acquire(expected_tokens=expected_tokens)
         try:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from vmem_kv.errors import OutOfAddressSpace, OutOfPages
 from vmem_kv.replay.memory import Key, Shortage
+from vmem_kv.traces.formats import Request
 from vmem_kv.units import round_up
 
 Rule = Callable[[int], int]
@@ -57,6 +58,7 @@ class RivalMemory:
         self.n_batches = 1  # the allocation at the start
         self.n_driver_calls: int | None = 1
         self.n_peak_mappings = 0
+        self.n_cached_tokens = self.n_restored_tokens = 0
         self.max_mappings: int | None = None
         self._rule = rule
         self._max_tokens = max_tokens
@@ -86,12 +88,12 @@ class RivalMemory:
             return OutOfAddressSpace
         return OutOfPages if self._rule(n_tokens) > self._budget_tokens else None
 
-    def lack(self, n_tokens: int) -> Shortage | None:
+    def lack(self, n_tokens: int, request: Request | None = None) -> Shortage | None:
         headroom = self._headroom_tokens if self._held else 0
         n_held = self._n_held + headroom + self._rule(n_tokens)
         return OutOfPages if n_held > self._budget_tokens else None
 
-    def begin(self, n_tokens: int, expected_tokens: int) -> Key:
+    def begin(self, n_tokens: int, expected_tokens: int, request: Request | None = None) -> Key:
         self._n_begun += 1
         key = Key(self._n_begun)
         self._take({key: self._rule(n_tokens)})

@@ -12,7 +12,8 @@ One step is what an engine does between two launches:
 A request that could not run alone is rejected when it arrives, one that has waited for longer than `patience_s` since
 its arrival when its turn comes near. Every rejection is counted by its reason: the shortage (pages, mappings,
 addresses) or patience. A prompt of p tokens with o outputs ends at p + o - 1 tokens: the last one is never written into
-the cache. Prompts are not chunked and prefixes not shared.
+the cache. Prompts are not chunked. Prefixes are shared where the memory does that: then the step that begins a sequence
+computes what was not there, and copies what lay in a slower tier.
 
 Guarantees: every step of every sequence is made, none is skipped or estimated; only the clock jumps over times in
 which nothing runs. The same requests and settings give the same counts. After an interruption `report` still says what
@@ -43,6 +44,7 @@ class Job:
     n_prefill: int  # tokens to compute before the next output
     n_left: int  # outputs to come, at least 1: a prompt is computed even if nothing is asked for
     n_outputs: int  # of all of it
+    request: Request  # as it came
     arrived_s: float  # on the replay's clock; with arrivals, that of the trace and not of the step that saw it
     n_preempted: int = 0
     ends_at: int = -1  # the step behind which it is done
@@ -50,39 +52,41 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Simulated seconds of a step: a + b * prompt tokens computed + c * tokens in running sequences.
+    """Simulated seconds of a step: a + b * prompt tokens computed + c * tokens in the cache + d * tokens restored.
 
     The defaults are those of an 8B model on one large GPU, roughly: 16 GB of weights and 128 KiB of cache for each
-    token are read in every step at 3 TB/s, and prompts are computed at 25,000 tokens a second.
+    token are read in every step at 3 TB/s, prompts are computed at 25,000 tokens a second, and tokens come back from
+    host memory at 25 GB/s.
     """
 
     fixed_s: float = 0.006
     prefill_s: float = 40e-6
     context_s: float = 0.04e-6
+    restore_s: float = 5e-6
 
     def __post_init__(self) -> None:
-        if not (self.fixed_s > 0 and self.prefill_s >= 0 and self.context_s >= 0):
+        if not (self.fixed_s > 0 and min(self.prefill_s, self.context_s, self.restore_s) >= 0):
             raise ConfigError(f"{self} makes no sense; a step takes time, and no part of it may be negative")
 
 
 Policy = Callable[[Sequence[int], Callable[[int], bool]], "int | None"]
-"""(prompt tokens of the waiting in their order, can they be admitted) -> who comes next, or None."""
+"""(prompt tokens of the waiting in their order, can the one with this index be admitted) -> who comes next, or None."""
 
 
 def fcfs(prompts: Sequence[int], can_admit: Callable[[int], bool]) -> int | None:
     """First come, first served: who does not fit holds up all behind."""
-    return 0 if can_admit(prompts[0]) else None
+    return 0 if can_admit(0) else None
 
 
 def first_fit(prompts: Sequence[int], can_admit: Callable[[int], bool]) -> int | None:
     """The first who fits: the long ones may wait for long."""
-    return next((i for i, n_tokens in enumerate(prompts) if can_admit(n_tokens)), None)
+    return next(filter(can_admit, range(len(prompts))), None)
 
 
 def shortest(prompts: Sequence[int], can_admit: Callable[[int], bool]) -> int | None:
     """The shortest prompt first: the long ones wait longer still."""
     index = min(range(len(prompts)), key=prompts.__getitem__)
-    return index if can_admit(prompts[index]) else None
+    return index if can_admit(index) else None
 
 
 POLICIES: dict[str, Policy] = {"fcfs": fcfs, "first_fit": first_fit, "shortest": shortest}
@@ -174,12 +178,13 @@ class Replay:
             return
         memory, counts = self.memory, self.statistics.counts
         n_batches_before, ns_before = memory.n_batches, memory.allocator_ns
+        n_restored_before = memory.n_restored_tokens
         n_running_before = len(self._running)
         n_preempted = self._decode()
         n_prefilled = 0 if n_preempted else self._admit()
         if self._waiting and not self._running and not n_preempted:
             job = self._waiting.popleft()  # memory is as empty as it gets, and nobody fits: there is no room for it
-            counts.reject((memory.lack(job.n_prefill) or OutOfPages).__name__)
+            counts.reject((memory.lack(job.n_prefill, job.request) or OutOfPages).__name__)
         counts.n_output_tokens += len(self._running)
         counts.n_prompt_tokens += n_prefilled
         n_running = len(self._running)
@@ -191,7 +196,12 @@ class Replay:
             n_running,
         )
         time = self._time
-        seconds = time.fixed_s + time.prefill_s * n_prefilled + time.context_s * self._n_live_tokens
+        seconds = (
+            time.fixed_s
+            + time.prefill_s * n_prefilled
+            + time.context_s * self._n_live_tokens
+            + time.restore_s * (memory.n_restored_tokens - n_restored_before)
+        )
         n_ended = self._end()
         n_batches = memory.n_batches
         if n_running:
@@ -224,7 +234,7 @@ class Replay:
             obstacle = self.memory.obstacle(request.prompt_tokens + n_left - 1)
             if obstacle is None:
                 came_s = (request.arrival_s or 0.0) - self._first_s if self._is_timed else self.now_s
-                self._waiting.append(Job(request.prompt_tokens, n_left, n_left, came_s))
+                self._waiting.append(Job(request.prompt_tokens, n_left, n_left, request, came_s))
             else:
                 self.statistics.counts.reject(obstacle.__name__)
                 self._watch(self._n_through)
@@ -278,20 +288,25 @@ class Replay:
         self._waiting.appendleft(job)
 
     def _admit(self) -> int:
-        """Begin waiting requests; return how many prompt tokens they have."""
+        """Begin waiting requests; return how many prompt tokens must be computed for that."""
         n_prefilled, memory = 0, self.memory
+
+        def lack(index: int) -> Shortage | None:
+            return memory.lack(self._waiting[index].n_prefill, self._waiting[index].request)
+
         while self._waiting and len(self._running) < self._n_max_running:
             prompts = [job.n_prefill for job in islice(self._waiting, LOOK_AHEAD)]
-            index = self._policy(prompts, lambda n_tokens: memory.lack(n_tokens) is None)
+            index = self._policy(prompts, lambda index: lack(index) is None)
             if index is None:
-                self.statistics.counts.hold((memory.lack(prompts[0]) or OutOfPages).__name__)
+                self.statistics.counts.hold((lack(0) or OutOfPages).__name__)
                 break
             job = self._waiting[index]
+            n_cached_before = memory.n_cached_tokens
             counts = self.statistics.counts
             # As an engine would guess: as many outputs as those had on average that are done.
             n_outputs = self._n_outputs_done // max(1, counts.n_done)
             try:
-                key = memory.begin(job.n_prefill, job.n_prefill + n_outputs)
+                key = memory.begin(job.n_prefill, job.n_prefill + n_outputs, job.request)
             except CapacityError as error:
                 if not self._running:  # nothing will come free: it cannot run at all
                     del self._waiting[index]
@@ -306,9 +321,10 @@ class Replay:
             self._keys[job] = key
             self._lengths[key] = job.n_prefill
             self._n_live_tokens += job.n_prefill
-            n_prefilled += job.n_prefill
+            n_computed = job.n_prefill - (memory.n_cached_tokens - n_cached_before)
+            n_prefilled += n_computed
             if job.n_preempted:
-                counts.n_recomputed_tokens += job.n_prefill
+                counts.n_recomputed_tokens += n_computed
         return n_prefilled
 
     def _end(self) -> int:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.accounting import AccountingDriver
+from vmem_kv.driver.base import Driver
 from vmem_kv.driver.host import HEADROOM_MAPPINGS
 from vmem_kv.driver.ledger import MAX_DEVICE_MAPPINGS
 from vmem_kv.errors import ConfigError, OutOfAddressSpace
@@ -25,6 +27,8 @@ from vmem_kv.pages import BUDGET_SHARE, PagePool
 from vmem_kv.replay.memory import AllocatorMemory, Memory
 from vmem_kv.replay.rivals import RivalMemory, Rule, blocks_of, maximum_length, power_of_two
 from vmem_kv.replay.schedule import POLICIES, Replay, StepTime
+from vmem_kv.replay.sharing import PREFIX_POLICIES, SharingMemory
+from vmem_kv.replay.sharing_slots import BookSlots, CacheSlots, Slots
 from vmem_kv.replay.statistics import Report, Times, Window
 from vmem_kv.traces.formats import Request, TraceSummary, read_trace
 from vmem_kv.traces.shapes import ModelShape
@@ -59,6 +63,16 @@ class Setting:
                 f"{format_bytes(shape.token_bytes)}; raise --budget"
             )
         return cls(shape, budget_bytes, min(longest_tokens, n_affordable), n_max_running)
+
+    def layout(self, kind: str, page_bytes: int) -> Layout:
+        """The geometry for as many sequences as may run.
+
+        Raises:
+            ConfigError: The kind is unknown.
+        """
+        return Layout.build(
+            kind, self.shape.layers, n_slots=self.n_max_running, max_tokens=self.max_tokens, page_bytes=page_bytes
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,34 +128,102 @@ def open_allocator(
             f"a budget of {format_bytes(setting.budget_bytes)} is less than one page of {format_bytes(page_bytes)}; "
             "raise --budget"
         )
-    layout = Layout.build(
-        kind,
-        setting.shape.layers,
-        n_slots=setting.n_max_running,
-        max_tokens=setting.max_tokens,
-        page_bytes=page_bytes,
-    )
     driver = open_driver(setting.budget_bytes, page_bytes)
     try:
-        return AllocatorMemory(
-            name,
+        return allocator_over(
             driver,
-            layout,
-            setting.budget_bytes,
-            headroom=setting.headroom,
+            setting,
+            name=name,
+            layout=setting.layout(kind, page_bytes),
             keeps_warm=keeps_warm,
             items=driver.items,
         )
-    except OutOfAddressSpace as error:
-        driver.close()
-        raise too_many_addresses(layout) from error
     except BaseException:
         driver.close()
         raise
 
 
-def too_many_addresses(layout: Layout) -> ConfigError:
-    """What to raise where the slots of a replay need more addresses than there are."""
+def allocator_over(
+    driver: Driver, setting: Setting, *, name: str, layout: Layout, keeps_warm: bool, items: Counter[str] | None
+) -> AllocatorMemory:
+    """Open the real allocator over a driver, which stays the caller's until this has returned.
+
+    Raises:
+        ConfigError: The slots need more addresses than there are.
+    """
+    try:
+        return AllocatorMemory(
+            name, driver, layout, setting.budget_bytes, headroom=setting.headroom, keeps_warm=keeps_warm, items=items
+        )
+    except OutOfAddressSpace as error:
+        raise _too_many_addresses(layout) from error
+
+
+MAX_CACHED = 16_384
+"""The most slots of cached prompts. Each takes addresses for the longest sequence."""
+
+
+def open_sharing(
+    setting: Setting,
+    *,
+    name: str,
+    kind: str,
+    page_bytes: int,
+    traffic: Traffic,
+    policy: str,
+    host_bytes: int = 0,
+    is_real: bool = True,
+    max_mappings: int | None = MAX_DEVICE_MAPPINGS,
+) -> SharingMemory:
+    """Open a memory in which sequences share prefixes.
+
+    Args:
+        setting: Shape, budget, longest sequence.
+        name: What tables call it.
+        kind: The layout.
+        page_bytes: Its pages.
+        traffic: Whose prefixes.
+        policy: Which cached prompt goes first, one of `PREFIX_POLICIES`.
+        host_bytes: The second tier.
+        is_real: Whether the real cache maps pages, or its calls are counted by rules, which is much faster.
+        max_mappings: Their limit; None for none.
+
+    Raises:
+        ConfigError: The budget holds no stripe, the planes differ, or the slots need more addresses than there are.
+    """
+    n_slots = setting.n_max_running + min(traffic.summary.n_requests, MAX_CACHED)
+    layout = replace(setting, n_max_running=n_slots).layout(kind, page_bytes)
+    if layout.n_pages(1) * page_bytes > setting.budget_bytes:
+        raise ConfigError(
+            f"a budget of {format_bytes(setting.budget_bytes)} is less than one page of {format_bytes(page_bytes)} in "
+            f"each of {len(layout.planes)} planes; raise --budget"
+        )
+    slots: Slots = BookSlots(layout)
+    if is_real:
+        driver = cuda_like(setting.budget_bytes, page_bytes)
+        try:
+            slots = CacheSlots(driver, layout, setting.budget_bytes // page_bytes, driver.items)
+        except OutOfAddressSpace as error:
+            driver.close()
+            raise _too_many_addresses(layout) from error
+    try:
+        return SharingMemory(
+            name,
+            layout,
+            slots,
+            setting.budget_bytes,
+            traffic.summary.block_tokens,
+            make_policy=PREFIX_POLICIES[policy],
+            host_bytes=host_bytes,
+            headroom=setting.headroom,
+            max_mappings=max_mappings,
+        )
+    except ConfigError:
+        slots.close()
+        raise
+
+
+def _too_many_addresses(layout: Layout) -> ConfigError:
     return ConfigError(
         f"{layout.n_slots:,} sequences of up to {layout.max_tokens:,} tokens need "
         f"{format_bytes(layout.virtual_bytes)} of addresses, more than there are; lower --max-batch"

@@ -2,7 +2,7 @@
 
     scan_trace    checks a whole file and says what is in it
     read_trace    its requests, one after another
-    Request       arrival, prompt tokens, output tokens
+    Request       arrival, prompt tokens, output tokens, blocks that prompts share
     find_shape    a model's K and V shapes, by name or by numbers
 
 Pure Python: neither the allocator nor torch is imported.

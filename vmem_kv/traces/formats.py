@@ -1,10 +1,12 @@
 """Request traces: five public forms, recognised by their first line, read one request at a time.
 
     normalised     CSV with prompt_tokens and output_tokens, and arrival_s in seconds if it has arrivals;
-                   `# key: value` lines may stand in front, other columns are passed over
+                   prefix_hashes, if it has them, are the ids of the prompt's blocks of `# block_size: N` tokens, "a-b"
+                   being a run of ids; `# key: value` lines may stand in front, other columns are passed over
     Azure          CSV with TIMESTAMP, ContextTokens, GeneratedTokens
     BurstGPT       CSV with Timestamp, Request tokens, Response tokens
-    Mooncake       JSON lines with timestamp (ms), input_length, output_length
+    Mooncake       JSON lines with timestamp (ms), input_length, output_length, and hash_ids if it has them: the ids of
+                   the prompt's blocks of 512 tokens
     ShareGPT       one JSON array of conversations: text, without arrivals and without lengths
 
 Any of them may be gzipped. ShareGPT's texts are counted as one token for every `CHARACTERS_PER_TOKEN` characters:
@@ -13,7 +15,9 @@ said before it.
 
 Guarantees: no file is held in memory as a whole; what is no row of its form raises ConfigError with file, line and
 reason (so does a row with more cells than the header, or a header that has one name twice), and nothing is passed over
-silently. Only what a row says is used: prefixes that requests share are not.
+silently.
+
+Equal leading ids mean equal leading tokens. The last id of a row may stand for a block that the prompt does not fill.
 """
 
 from __future__ import annotations
@@ -27,14 +31,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from vmem_kv.errors import ConfigError
 from vmem_kv.traces.conversations import read_conversations
 from vmem_kv.traces.lines import Place, open_trace, read_lines
 
 CHARACTERS_PER_TOKEN = 4
 """English text in the vocabularies of today has about so many."""
 
+MOONCAKE_BLOCK_TOKENS = 512
+
 MAX_TOKENS = 100_000_000
 """A longer request is taken for a mistake."""
+
+MAX_BLOCK_TOKENS = 1 << 31
+"""Tokens of blocks are numbered below this."""
 
 _MAX_ARRIVAL_S = 1e10
 
@@ -45,6 +55,7 @@ class Request(NamedTuple):
     arrival_s: float | None  # seconds from the trace's beginning, or from any other moment; None if it has no times
     prompt_tokens: int  # at least 1
     output_tokens: int
+    blocks: tuple[range, ...] = ()  # ids of the prompt's blocks from its first token on, as runs; empty if unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +70,7 @@ class TraceSummary:
     longest_tokens: int  # the greatest prompt + output
     has_arrivals: bool  # in every row
     is_ascending: bool  # whether no request arrives before the one in front of it
+    block_tokens: int  # tokens in a block of `Request.blocks`; 0 if no row has any
     note: str  # what a reader of results must know; may be empty
 
     @property
@@ -76,24 +88,36 @@ def scan_trace(path: Path, max_requests: int | None = None) -> TraceSummary:
     place = Place(path)
     n_requests = prompt_tokens = output_tokens = longest = 0
     has_arrivals = is_ascending = True
+    has_blocks = False
     last_s = -math.inf
     with open_trace(place) as file:
-        form, rows = _recognise(file, place)
+        form, block_tokens, rows = _recognise(file, place)
         for request in _first(rows, max_requests):
             n_requests += 1
             prompt_tokens += request.prompt_tokens
             output_tokens += request.output_tokens
             longest = max(longest, request.prompt_tokens + request.output_tokens)
+            has_blocks = has_blocks or bool(request.blocks)
             if request.arrival_s is None:
                 has_arrivals = False
             else:
                 is_ascending = is_ascending and request.arrival_s >= last_s
                 last_s = request.arrival_s
     if not n_requests:
-        place.line = 0
-        raise place.error("holds no request")
+        raise _holds_nothing(place)
     note = f"lengths estimated, {CHARACTERS_PER_TOKEN} characters a token" if form == "ShareGPT" else ""
-    return TraceSummary(path, form, n_requests, prompt_tokens, output_tokens, longest, has_arrivals, is_ascending, note)
+    return TraceSummary(
+        path,
+        form,
+        n_requests,
+        prompt_tokens,
+        output_tokens,
+        longest,
+        has_arrivals,
+        is_ascending,
+        block_tokens if has_blocks else 0,
+        note,
+    )
 
 
 def read_trace(path: Path, max_requests: int | None = None) -> Iterator[Request]:
@@ -104,7 +128,14 @@ def read_trace(path: Path, max_requests: int | None = None) -> Iterator[Request]
     """
     place = Place(path)
     with open_trace(place) as file:
-        yield from _first(_recognise(file, place)[1], max_requests)
+        yield from _first(_recognise(file, place)[2], max_requests)
+
+
+def _holds_nothing(place: Place) -> ConfigError:
+    place.line = 0
+    return place.error(
+        "holds no request. The least that will do is two lines: prompt_tokens,output_tokens and, for example, 100,50"
+    )
 
 
 def _first(rows: Iterator[Request], n_rows: int | None) -> Iterator[Request]:
@@ -114,21 +145,24 @@ def _first(rows: Iterator[Request], n_rows: int | None) -> Iterator[Request]:
         yield request
 
 
-def _recognise(file: BinaryIO, place: Place) -> tuple[str, Iterator[Request]]:
-    """Look at the first line that is no comment; return the form's name and its requests."""
+def _recognise(file: BinaryIO, place: Place) -> tuple[str, int, Iterator[Request]]:
+    """Look at the first line that is no comment; return the form's name, its block size and its requests."""
     start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
     file.seek(0)
     if start.startswith(b"["):
-        return "ShareGPT", _sharegpt(file, place)
+        return "ShareGPT", 0, _sharegpt(file, place)
     lines = read_lines(file, place)
+    block_tokens = 0
     for line in lines:
-        if line.strip() and not line.startswith("#"):
+        name, _, value = line.partition(":")
+        if name.strip("# ") == "block_size" and line.startswith("#"):
+            block_tokens = _count(value.strip(), "tokens of a block", 1, place)
+        elif line.strip() and not line.startswith("#"):
             break
     else:
-        place.line = 0
-        raise place.error("holds no request")
+        raise _holds_nothing(place)
     if line.lstrip().startswith("{"):
-        return "Mooncake", _mooncake(line, lines, place)
+        return "Mooncake", MOONCAKE_BLOCK_TOKENS, _mooncake(line, lines, place)
     header = [name.strip() for name in _cells(line, place)]
     if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
         raise place.error(
@@ -136,13 +170,29 @@ def _recognise(file: BinaryIO, place: Place) -> tuple[str, Iterator[Request]]:
         )
     for name, columns, parse in _CSV_FORMS:
         if set(columns) <= set(header):
-            indices = [header.index(column) for column in columns]
-            return name, _csv_rows(indices, _arrival_index(name, header), len(header), lines, place, parse)
+            found = _Columns(
+                prompt=header.index(columns[0]),
+                output=header.index(columns[1]),
+                arrival=_arrival_index(name, header),
+                blocks=header.index("prefix_hashes") if name == "normalised" and "prefix_hashes" in header else None,
+                n_columns=len(header),
+            )
+            return name, block_tokens, _csv_rows(found, block_tokens, lines, place, parse)
+    raise place.error(_unknown_header(line, header))
+
+
+def _unknown_header(line: str, header: Sequence[str]) -> str:
+    """What is wrong with a first line that is no header of a form known here, and what would be right."""
+    if all(cell.replace(".", "", 1).isdigit() for cell in header):
+        return f"is {line[:60]!r}: the header is missing. Put one in front, such as prompt_tokens,output_tokens"
+    for separator in ";\t|":
+        if len(header) == 1 and separator in line:
+            return f"is {line[:60]!r}: its cells stand apart by {separator!r}. Separate them by commas"
     known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns, _ in _CSV_FORMS)
     shown = ", ".join(header)
-    raise place.error(
-        f"has the columns {shown[:120]!r}, which is no form known here. A CSV trace begins with a header that has "
-        f"these columns ({known})"
+    return (
+        f"has the columns {shown[:120]!r}, which is no form known here. Name them prompt_tokens and output_tokens "
+        f"(and arrival_s, in seconds), or as the other forms have them ({known})"
     )
 
 
@@ -152,32 +202,71 @@ def _arrival_index(form: str, header: Sequence[str]) -> int | None:
     return header.index(name) if name in header else None
 
 
+class _Columns(NamedTuple):
+    """Where in a row of a CSV file things stand."""
+
+    prompt: int
+    output: int
+    arrival: int | None
+    blocks: int | None
+    n_columns: int
+
+    @property
+    def n_needed(self) -> int:
+        """Cells that a row must have at least."""
+        return max(self.prompt, self.output, self.arrival or 0) + 1
+
+
 def _csv_rows(
-    token_indices: Sequence[int],
-    arrival_index: int | None,
-    n_columns: int,
+    columns: _Columns,
+    block_tokens: int,
     lines: Iterator[str],
     place: Place,
     parse_arrival: Callable[[str, Place], float | None],
 ) -> Iterator[Request]:
-    prompt_index, output_index = token_indices[:2]
-    n_needed = max(prompt_index, output_index, arrival_index or 0) + 1
     for line in lines:
         if not line.strip() or line.startswith("#"):
             continue
         cells = _cells(line, place)
-        if len(cells) < n_needed:
-            raise place.error(f"has {len(cells)} columns, {n_needed} are needed: {line[:60]!r}")
-        if len(cells) > n_columns:
+        if len(cells) < columns.n_needed:
+            raise place.error(f"has {len(cells)} columns, {columns.n_needed} are needed: {line[:60]!r}")
+        if len(cells) > columns.n_columns:
             raise place.error(
-                f"has {len(cells)} cells, but the header names {n_columns} columns; quote cells that hold commas: "
-                f"{line[:60]!r}"
+                f"has {len(cells)} cells, but the header names {columns.n_columns} columns; quote cells that hold "
+                f"commas: {line[:60]!r}"
             )
-        arrival_s = None if arrival_index is None else parse_arrival(cells[arrival_index].strip(), place)
-        yield Request(
-            arrival_s,
-            _count(cells[prompt_index].strip(), "prompt tokens", 1, place),
-            _count(cells[output_index].strip(), "output tokens", 0, place),
+        arrival_s = None if columns.arrival is None else parse_arrival(cells[columns.arrival].strip(), place)
+        n_prompt = _count(cells[columns.prompt].strip(), "prompt tokens", 1, place)
+        n_output = _count(cells[columns.output].strip(), "output tokens", 0, place)
+        blocks: tuple[range, ...] = ()
+        if columns.blocks is not None and len(cells) > columns.blocks:
+            blocks = _block_runs(cells[columns.blocks], place)
+            _check_blocks(blocks, n_prompt, block_tokens, place)
+        yield Request(arrival_s, n_prompt, n_output, blocks)
+
+
+def _block_runs(text: str, place: Place) -> tuple[range, ...]:
+    """Read ids such as ``1-3 7``."""
+    runs = []
+    for word in text.split():
+        first, dash, last = word.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)) or not word.isascii() or len(word) > 40:
+            raise place.error(f"prefix_hashes have {word[:40]!r}; they are ids or runs of ids, such as 1-3 7")
+        runs.append(range(int(first), int(last or first) + 1))
+    return tuple(runs)
+
+
+def _check_blocks(blocks: tuple[range, ...], n_prompt: int, block_tokens: int, place: Place) -> None:
+    if not blocks:
+        return
+    if not block_tokens:
+        raise place.error("has prefix_hashes, but no line such as '# block_size: 16' stands before the header")
+    if max(run.stop for run in blocks) * block_tokens > MAX_BLOCK_TOKENS:
+        raise place.error(f"has block ids too large to number {block_tokens} tokens in each; count ids from 0")
+    n_blocks = sum(map(len, blocks))
+    if not all(blocks) or n_blocks > -(-n_prompt // block_tokens):
+        raise place.error(
+            f"has {n_blocks} blocks of {block_tokens} tokens for a prompt of {n_prompt}, or a run of ids that goes down"
         )
 
 
@@ -270,16 +359,38 @@ def _mooncake_row(line: str, place: Place) -> Request:
     if not isinstance(row, dict):
         raise place.error(f"is no JSON object: {line[:40]!r}")
     missing = [name for name in ("timestamp", "input_length", "output_length") if name not in row]
+    if missing and ("conversations" in row or "conversation" in row):
+        raise place.error(
+            "is a conversation on a line of its own; ShareGPT's form is one JSON array of them: [{...}, ...]"
+        )
     if missing:
         raise place.error(f"lacks {', '.join(missing)}; a row of JSON has timestamp (ms), input_length, output_length")
+    ids = row.get("hash_ids", [])
+    if not isinstance(ids, list) or not all(isinstance(each, int) and each >= 0 for each in ids):
+        raise place.error("hash_ids must be a list of ids, whole numbers from 0 on")
     stamp = row["timestamp"]
     if isinstance(stamp, bool) or not isinstance(stamp, int | float) or abs(stamp) > _MAX_ARRIVAL_S * 1000:
         raise place.error(f"timestamp is {str(stamp)[:40]!r}; it must be a number of milliseconds")
+    n_prompt = _count(row["input_length"], "input_length", 1, place)
+    blocks = _runs_of(ids)
+    _check_blocks(blocks, n_prompt, MOONCAKE_BLOCK_TOKENS, place)
     return Request(
         _checked_arrival(stamp / 1000, f"{stamp} ms", place),
-        _count(row["input_length"], "input_length", 1, place),
+        n_prompt,
         _count(row["output_length"], "output_length", 0, place),
+        blocks,
     )
+
+
+def _runs_of(ids: Sequence[int]) -> tuple[range, ...]:
+    """Put ids that follow each other together."""
+    runs: list[range] = []
+    for each in ids:
+        if runs and each == runs[-1].stop:
+            runs[-1] = range(runs[-1].start, each + 1)
+        else:
+            runs.append(range(each, each + 1))
+    return tuple(runs)
 
 
 def _sharegpt(file: BinaryIO, place: Place) -> Iterator[Request]:
