@@ -185,12 +185,12 @@ def test_fa3_is_not_chosen_over_slack_that_nobody_mapped() -> None:
     assert [v.is_chosen for v in explain("cpu", kernels=kernels)] == [False, True]
 
 
-def test_on_the_cpu_auto_is_sdpa_and_the_others_say_what_they_need() -> None:
-    assert [kernel.name for kernel in all_kernels()] == ["fa3", "flash_attn", "torch_flash", "sdpa"]
-    kernel = choose("auto", spec(dtype=torch.float32, has_sinks=True), "cpu")
+def test_on_the_cpu_auto_is_one_of_its_own_and_the_others_say_what_they_need() -> None:
+    assert [kernel.name for kernel in all_kernels()] == ["fa3", "flash_attn", "torch_flash", "native", "sdpa"]
+    kernel = choose("auto", spec(dtype=torch.float64, has_sinks=True), "cpu")
     assert (kernel.name, kernel.slack_tokens, kernel.device) == ("sdpa", 0, torch.device("cpu"))
     for verdict in explain("cpu", spec()):
-        if verdict.name != "sdpa":
+        if verdict.name not in ("native", "sdpa"):
             assert (verdict.is_usable, verdict.why) == (False, "it needs a CUDA device, not cpu")
 
 
@@ -201,7 +201,7 @@ def test_without_a_cuda_device_every_kernel_says_so() -> None:
         from vmem_kv.attention.choose import explain
         print([(v.name, v.is_usable, "CUDA" in v.why or "cuda" in v.why) for v in explain("cuda")])
         """
-    names = ("fa3", "flash_attn", "torch_flash", "sdpa")
+    names = ("fa3", "flash_attn", "torch_flash", "native", "sdpa")
     assert output_of(code) == str([(name, False, True) for name in names])
 
 
@@ -214,7 +214,7 @@ def test_a_batch_on_another_device_is_refused() -> None:
 
 def test_kernels_import_nothing_optional_by_name() -> None:
     allowed = {"torch", "vmem_kv", "__future__", "abc", "collections", "dataclasses", "functools", "importlib"}
-    allowed |= {"itertools", "math", "operator", "re", "sys", "typing"}
+    allowed |= {"ctypes", "itertools", "math", "operator", "pathlib", "re", "sys", "typing"}
     for path in Path(vmem_kv.attention.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

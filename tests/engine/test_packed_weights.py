@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.hf.architectures import build_model
-from vmem_kv.engine.packed_weights import PackedLinear, is_available, pack
+from vmem_kv.engine.packed_weights import PackedLinear, _rounded_up, is_available, pack
 
 from .harness import engine_on
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_rows", [0, 1, 3, 64])
+@pytest.mark.parametrize("n_rows", [0, 1, 3, 16, 17, 50, 64, 100])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_the_same_up_to_rounding(dtype: torch.dtype, n_rows: int, has_bias: bool) -> None:
     assert is_available()
@@ -25,6 +25,14 @@ def test_the_same_up_to_rounding(dtype: torch.dtype, n_rows: int, has_bias: bool
         packed = PackedLinear.of(linear)(states)
     assert packed.shape == expected.shape
     torch.testing.assert_close(packed, expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def test_few_different_numbers_of_rows_are_computed() -> None:
+    """oneDNN keeps a program, and memory, for each of them."""
+    numbers = [_rounded_up(n) for n in range(513)]
+    assert len(set(numbers)) == 65 + 3 * 16
+    assert numbers[:65] == list(range(65))
+    assert all(n <= padded <= 1.0625 * n for n, padded in enumerate(numbers))
 
 
 def test_every_linear_layer_is_exchanged_and_put_back() -> None:

@@ -11,6 +11,7 @@ import torch
 from vmem_kv.attention.base import AttentionSpec, BoundKernel, Kernel, resolve_device
 from vmem_kv.attention.fa3 import Fa3
 from vmem_kv.attention.flash_attn import FlashAttn
+from vmem_kv.attention.native import Native
 from vmem_kv.attention.sdpa import Sdpa
 from vmem_kv.attention.torch_flash import TorchFlash
 from vmem_kv.errors import ConfigError
@@ -30,7 +31,7 @@ class Verdict(NamedTuple):
 
 def all_kernels() -> tuple[Kernel, ...]:
     """Return every kernel, the fastest first."""
-    return (Fa3(), FlashAttn(), TorchFlash(), Sdpa())
+    return (Fa3(), FlashAttn(), TorchFlash(), Native(), Sdpa())
 
 
 def choose(

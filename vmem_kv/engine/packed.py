@@ -46,20 +46,17 @@ _UNSUPPORTED = {
 class AttendsOneLayer(Protocol):
     """What travels to the attention function as `vmem_step`."""
 
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-    ) -> torch.Tensor:
-        """Return the output `[1, S, Hq, Dv]` for `query` `[1, Hq, S, D]`, `key` and `value` `[1, Hkv, S, D]`."""
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Return the output, `[n_tokens, Hq, Dv]`."""
 
 
 class AttentionCall(NamedTuple):
-    """How one layer wants its scores made."""
+    """What one layer passes: the step's tokens one after another, and how it wants its scores made."""
 
+    module: torch.nn.Module
+    query: torch.Tensor  # [n_tokens, Hq, D]
+    keys: torch.Tensor  # [n_tokens, Hkv, D]
+    values: torch.Tensor  # [n_tokens, Hkv, Dv]
     scale: float
     window: int | None
     softcap: float | None
@@ -93,7 +90,9 @@ def packed_attention(
         if kwargs.get(name) is not None:
             raise ConfigError(f"the packed route has no {what}, which this model needs")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return vmem_step.attend(module, query, key, value, AttentionCall(scale, sliding_window, softcap, s_aux)), None
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    call = AttentionCall(module, query, key, value, scale, sliding_window, softcap, s_aux)
+    return vmem_step.attend(call).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, packed_attention)
@@ -120,34 +119,28 @@ class _Probe:
     def __init__(self) -> None:
         self.seen: dict[int, _Seen] = {}
 
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-    ) -> torch.Tensor:
-        layer_index = getattr(module, "layer_idx", None)
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        query, keys, values = call.query, call.keys, call.values
+        layer_index = getattr(call.module, "layer_idx", None)
         if not isinstance(layer_index, int) or layer_index in self.seen:
             raise ConfigError(f"its attention layers have no numbers of their own ({layer_index!r} came twice)")
-        if not getattr(module, "is_causal", True):
+        if not getattr(call.module, "is_causal", True):
             raise ConfigError("its attention is not causal")
-        if key.shape[2] != query.shape[2]:
+        if len(keys) != len(query):
             raise ConfigError(f"layer {layer_index} attends to keys that it did not make")
         attention = AttentionSpec(
             n_q_heads=query.shape[1],
-            n_kv_heads=key.shape[1],
-            head_dim=key.shape[3],
-            value_dim=value.shape[3],
-            dtype=key.dtype,
+            n_kv_heads=keys.shape[1],
+            head_dim=keys.shape[2],
+            value_dim=values.shape[2],
+            dtype=keys.dtype,
             scale=call.scale,
             window=call.window,
             softcap=call.softcap,
             has_sinks=call.sinks is not None,
         )
-        self.seen[layer_index] = _Seen(LayerSpec(_tensor_spec(key), _tensor_spec(value)), attention)
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        self.seen[layer_index] = _Seen(LayerSpec(_tensor_spec(keys), _tensor_spec(values)), attention)
+        return query.new_zeros(*query.shape[:2], values.shape[2])
 
 
 class PackedStep:
@@ -158,22 +151,13 @@ class PackedStep:
         self._batches = batches
         self._rows = rows
 
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall) -> torch.Tensor:
         """Write this step's K and V of one layer in place, and attend to all that the sequences hold."""
-        layer = self._layers[cast(int, module.layer_idx)]
+        layer = self._layers[cast(int, call.module.layer_idx)]
         rows = (self._rows[layer.kv.span_tokens],)
-        layer.kv.keys.index_put_(rows, key[0].transpose(0, 1))
-        layer.kv.values.index_put_(rows, value[0].transpose(0, 1))
-        batch = self._batches[layer.kv.span_tokens]
-        output: torch.Tensor = layer.kernel(query[0].transpose(0, 1), layer.kv, batch, call.sinks)
-        return output.unsqueeze(0)
+        layer.kv.keys.index_put_(rows, call.keys)
+        layer.kv.values.index_put_(rows, call.values)
+        return layer.kernel(call.query, layer.kv, self._batches[layer.kv.span_tokens], call.sinks)
 
 
 class PackedBatch(NamedTuple):
@@ -211,12 +195,16 @@ class PackedRoute:
         try:
             seen = self._probe()
             kernels = {spec: choose(config.kernel, spec, self._device) for spec in {s.attention for s in seen}}
+            windows = [s.attention.window for s in seen if s.attention.window is not None]
+            self.window_tokens = max(windows) if len(windows) == len(seen) else None
+            self.can_share = self.window_tokens is None
             self.memory = SlotMemory(
                 config.cache,
                 [s.layer for s in seen],
                 seen[0].attention.dtype,
                 self._device,
                 n_slots=config.max_num_seqs,
+                n_spare_slots=config.n_prefix_slots if self.can_share else 0,
                 max_tokens=max_tokens,
                 slack_tokens=max(kernel.slack_tokens for kernel in kernels.values()),
                 premap_tokens=config.premap_tokens,
@@ -227,8 +215,6 @@ class PackedRoute:
             model.set_attn_implementation(self._stock_attention)
             raise
         self._kernels = tuple(kernels[s.attention] for s in seen)
-        windows = [s.attention.window for s in seen if s.attention.window is not None]
-        self.window_tokens = max(windows) if len(windows) == len(seen) else None
         self._layers = self._look()
 
     def prepare(self, plan: StepPlan) -> PackedBatch:
@@ -329,4 +315,4 @@ def _refusal(model: PreTrainedModel) -> str:
 
 
 def _tensor_spec(states: torch.Tensor) -> TensorSpec:
-    return TensorSpec(states.shape[1], states.shape[3], states.element_size())
+    return TensorSpec(states.shape[1], states.shape[2], states.element_size())

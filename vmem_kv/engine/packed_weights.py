@@ -7,7 +7,9 @@ AMD EPYC, one thread, SmolLM2-135M's shapes: 2.3 to 4 times as fast in float32, 
 Guarantees: same mathematics, another order of additions. The model's own code runs as it is; of its modules, those of
 exactly `torch.nn.Linear` are exchanged for ones that share their parameters, until `undo`.
 Costs: a second copy of the weights. Where the first one is mapped from a file, as `vmem_kv.models.load` leaves it, the
-system can drop that.
+system can drop that. And up to 6 % more rows than there are: oneDNN makes and keeps a program for every number of rows
+that it meets, so it meets few. (Measured on one layer, 576 to 1,536, after all numbers up to 512: 811 MiB without
+this, 121 MiB with it.)
 """
 
 from __future__ import annotations
@@ -37,7 +39,15 @@ class PackedLinear(torch.nn.Linear):
         return twin
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name that torch gave it
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+        n_rows = input.numel() // input.shape[-1]
+        n_padded = _rounded_up(n_rows)
+        if n_padded == n_rows:
+            return self._multiply(input)
+        rows = torch.nn.functional.pad(input.reshape(n_rows, -1), (0, 0, 0, n_padded - n_rows))
+        return self._multiply(rows)[:n_rows].view(*input.shape[:-1], -1)
+
+    def _multiply(self, states: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
         return output
 
 
@@ -67,6 +77,17 @@ def pack(model: torch.nn.Module) -> Callable[[], None]:
             setattr(parent, name, child)
 
     return undo
+
+
+def _rounded_up(n_rows: int) -> int:
+    """Return the number of rows to compute: the same one up to 64, beyond it one of 16 in every doubling.
+
+    Time grows with the rows, and copying costs as well; so the batches that only decode stay as they are.
+    """
+    if n_rows <= 64:
+        return n_rows
+    step = 1 << ((n_rows - 1).bit_length() - 5)
+    return -(-n_rows // step) * step
 
 
 def _can_be_packed(linear: torch.nn.Linear) -> bool:
