@@ -3,11 +3,14 @@
 Guarantees
   * A step in which every sequence just takes the likeliest token costs one `max` and nothing else.
   * A sequence's token depends on its own logits, parameters and random numbers alone: no row of a batch changes what
-    another one gets. One uniform number is drawn per token.
+    another one gets, and the same seed draws the same tokens where logits differ by rounding only.
   * Logits that are no numbers give no token (`None`), and harm nobody else.
 
-Tokens are drawn by inverting the distribution in the vocabulary's order, after what top-k, top-p and min-p leave out
-was cut off by a threshold on the logits. Tokens as likely as the last one kept are kept too.
+What top-k, top-p and min-p leave out is cut off by a threshold on the logits; tokens as likely as the last one kept are
+kept too. Then a token is drawn by a race: each arrives after a random time, exponential with its probability as the
+rate, and the first one wins (the Gumbel-max trick). Another batch shape means other rounding errors, and that changes
+the winner only where two arrive at the same moment. To invert the distribution would be cheaper, but there every token
+moves by the errors of all that stand before it, by more than the width of an unlikely one.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ class Sampler:
 
     def __init__(self, end_token_ids: frozenset[int]) -> None:
         self._end_token_ids = end_token_ids
+        self._generator = torch.Generator()
         self._penalties: dict[Sequence, Penalties] = {}
 
     def sample(self, sequences: SequenceOf[Sequence], logits: torch.Tensor) -> list[Sampled]:
@@ -141,14 +145,16 @@ class Sampler:
         _cut(scores, [s.params.top_k for s in drawing], _off_top_k, lambda k: 0 < k < scores.shape[1])
         _cut(scores, [s.params.top_p for s in drawing], _off_top_p, lambda p: p < 1.0)
         _cut(scores, [s.params.min_p for s in drawing], _off_min_p, lambda p: p > 0.0)
-        cumulative = torch.softmax(scores, 1).cumsum(1)
-        total = cumulative[:, -1:]
-        uniform = torch.tensor([s.rng.random() for s in drawing], device=logits.device).unsqueeze(1)
-        # Below the total even after rounding: above it there is no token.
-        target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-        drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=scores.shape[1] - 1)
-        for row, token_id in zip(rows, drawn.tolist(), strict=True):
+        arrival = -self._uniform(drawing, scores.shape[1]).to(logits.device).log_()
+        for row, token_id in zip(rows, (scores.exp_() / arrival).argmax(1).tolist(), strict=True):
             token_ids[row] = token_id
+
+    def _uniform(self, sequences: SequenceOf[Sequence], vocabulary: int) -> torch.Tensor:
+        """Draw a number in [0, 1) for every token, `[n, vocabulary]`; each row by its own sequence's numbers."""
+        uniform = torch.empty(len(sequences), vocabulary)
+        for row, sequence in zip(uniform, sequences, strict=True):
+            row.uniform_(generator=self._generator.manual_seed(sequence.rng.getrandbits(63)))
+        return uniform
 
     def _logprobs(self, sequences: SequenceOf[Sequence], logits: torch.Tensor) -> dict[int, _Logprobs]:
         rows = [i for i, s in enumerate(sequences) if s.params.logprobs is not None]
