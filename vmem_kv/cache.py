@@ -21,17 +21,20 @@ sequence's rows are written from its length before `ensure` to its length after 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 from vmem_kv.driver.base import PASSED, Copy, Driver, Fence, Handle, Span
 from vmem_kv.errors import CapacityError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError
 from vmem_kv.growth import SlotId, plan_growth
 from vmem_kv.layout import Layout
 from vmem_kv.pages import PagePool
-from vmem_kv.region import Region
+from vmem_kv.region import Region, Rewired
 from vmem_kv.sharing import Rewiring, plan_fork, plan_share, plan_truncate, shared_tokens, tail_copies, tails_of
 from vmem_kv.slots import SlotState, SlotTable
 from vmem_kv.stats import CacheStats, SlotStats
+
+_Result = TypeVar("_Result")
 
 STALL_TIMEOUT_S = 60.0
 """How long a call waits for another thread's driver call on the same slot before it gives up."""
@@ -240,7 +243,7 @@ class KVCache:
                         if source in slots.first_token:
                             slots.first_token[target] = slots.first_token[source]
 
-                self._rewire(changes, lambda: self.pool.driver.copy(copies), commit)
+                self.region.keep(self._begin_rewire(changes, lambda: self.pool.driver.copy(copies), commit))
             finally:
                 with self.pool.lock:
                     slots.break_(self.region.broken.intersection(targets))
@@ -261,34 +264,47 @@ class KVCache:
             UsageError: The slot is not active or broken, or `n_tokens` is not between what slid and its length.
                 Nothing changed.
         """
+        self.begin_truncate([slot_id], n_tokens, fence).commit()
+
+    def begin_truncate(self, slot_ids: Sequence[SlotId], n_tokens: int, fence: Fence | None = None) -> Exchange:
+        """`truncate` for several sequences, so that it can be taken back. See `begin_share`."""
         self._require_open()
-        with self._exclusive([slot_id]):
+        with ExitStack() as stack:
+            stack.enter_context(self._exclusive(slot_ids))
             with self.pool.lock:
                 slots = self._slots
-                slots.require_active([slot_id])
-                self._require_whole([slot_id])
-                if not slots.first_token.get(slot_id, 0) <= n_tokens <= slots.n_tokens[slot_id]:
-                    raise UsageError(
-                        f"truncate to {n_tokens} tokens of a sequence that has {slots.n_tokens[slot_id]} (from "
-                        f"{slots.first_token.get(slot_id, 0)} on)"
-                    )
-                changes = plan_truncate(self.layout, self.region.shared_ends(slot_id), slot_id, n_tokens)
+                slots.require_active(slot_ids)
+                self._require_whole(slot_ids)
+                for slot_id in slot_ids:
+                    if not slots.first_token.get(slot_id, 0) <= n_tokens <= slots.n_tokens[slot_id]:
+                        raise UsageError(
+                            f"truncate to {n_tokens} tokens of a sequence that has {slots.n_tokens[slot_id]} (from "
+                            f"{slots.first_token.get(slot_id, 0)} on)"
+                        )
+                before = {slot_id: slots.n_tokens[slot_id] for slot_id in slot_ids}
+                changes = [
+                    change
+                    for slot_id in before
+                    for change in plan_truncate(self.layout, self.region.shared_ends(slot_id), slot_id, n_tokens)
+                ]
+
+                def commit() -> None:
+                    for slot_id in before:
+                        slots.n_tokens[slot_id] = n_tokens
+                        slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+
                 if not changes:
-                    slots.n_tokens[slot_id] = n_tokens
-                    return
+                    commit()
+                    return Exchange(self, stack.pop_all(), None, before)
             (fence or self.fence()).wait()
-            driver = self.pool.driver
-            tails = tails_of(self.layout, self.region.reservation.base, slot_id, n_tokens)
-            replaced = [tails[change.plane_index] for change in changes if change.handles]
+            driver, base = self.pool.driver, self.region.reservation.base
+            tails = {slot_id: tails_of(self.layout, base, slot_id, n_tokens) for slot_id in before}
+            replaced = [tails[change.slot_id][change.plane_index] for change in changes if change.handles]
             kept = [(address, bytearray(n_bytes)) for address, n_bytes in replaced]
             for address, kept_bytes in kept:
                 driver.copy_to_host(address, memoryview(kept_bytes)).wait()
-
-            def commit() -> None:
-                slots.n_tokens[slot_id] = n_tokens
-                slots.capacity[slot_id] = self.region.token_capacity(slot_id)
-
-            self._rewire(changes, lambda: _write(driver, kept), commit)
+            rewired = self._begin_rewire(changes, lambda: _write(driver, kept), commit)
+            return Exchange(self, stack.pop_all(), rewired, before)
 
     def share(self, sources: Mapping[SlotId, SlotId], n_tokens: int, fence: Fence | None = None) -> None:
         """Let slots have the first `n_tokens` of other slots, by the same pages: beams that go on from other beams.
@@ -308,8 +324,13 @@ class KVCache:
             UsageError: A slot is not active or broken, or shorter than `n_tokens`, or of another domain. Nothing
                 changed.
         """
+        self.begin_share(sources, n_tokens, fence).commit()
+
+    def begin_share(self, sources: Mapping[SlotId, SlotId], n_tokens: int, fence: Fence | None = None) -> Exchange:
+        """`share`, so that it can be taken back: where several caches change together or not at all."""
         self._require_open()
-        with self._exclusive([*sources, *sources.values()]):
+        with ExitStack() as stack:
+            stack.enter_context(self._exclusive([*sources, *sources.values()]))
             with self.pool.lock:
                 slots = self._slots
                 self._forked_lengths([*sources, *sources.values()], n_tokens)
@@ -326,10 +347,11 @@ class KVCache:
                     for target, source in sources.items()
                     for change in plan_share(self.layout, rows(source), target, rows(target), n_tokens)
                 ]
-            if not changes:
-                return
-            (fence or self.fence()).wait()
-            self._rewire(changes, lambda: None, lambda: None)
+            rewired = None
+            if changes:
+                (fence or self.fence()).wait()
+                rewired = self._begin_rewire(changes, lambda: None, lambda: None)
+            return Exchange(self, stack.pop_all(), rewired, dict.fromkeys(sources, n_tokens))
 
     def vacate(self, slot_id: SlotId, fence: Fence | None = None) -> int:
         """Give back all pages of a sequence, whose owner has its tokens elsewhere; the slot stays his, with no tokens.
@@ -466,7 +488,7 @@ class KVCache:
 
     def n_warm_pages(self) -> int:
         """Pages that `reclaim` could give back now. The caller holds the pool's lock."""
-        return sum(self.region.n_pages(s) for s in self._slots.warm if s not in self._slots.busy)
+        return sum(self.region.n_givable_pages(s) for s in self._slots.warm if s not in self._slots.busy)
 
     def is_busy(self) -> bool:
         """Whether a driver call of this cache is under way. The caller holds the pool's lock."""
@@ -653,27 +675,32 @@ class KVCache:
                     self._slots.n_tokens[slot_id] = lengths[slot_id]
         return plan.n_pages
 
-    def _rewire(self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]) -> None:
+    def _begin_rewire(
+        self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]
+    ) -> Rewired:
         """Exchange pages, reclaiming where some are missing. A sequence that could not be undone says what is left."""
         slot_ids = {change.slot_id for change in changes}
         n_new = sum(handle is None for change in changes for handle in change.handles)
-        slots = self._slots
         try:
-            self._reclaiming(lambda: self.region.rewire(changes, fill, commit), slot_ids, n_new)
+            return self._reclaiming(lambda: self.region.begin_rewire(changes, fill, commit), slot_ids, n_new)
         finally:
-            with self.pool.lock:
-                for slot_id in self.region.broken & slot_ids & slots.capacity.keys():
-                    slots.capacity[slot_id] = self.region.token_capacity(slot_id)
-                    slots.n_tokens[slot_id] = min(slots.n_tokens[slot_id], slots.capacity[slot_id])
+            self._cut_broken(slot_ids)
+
+    def _cut_broken(self, slot_ids: Iterable[SlotId]) -> None:
+        """Record what broken slots have lost."""
+        slots = self._slots
+        with self.pool.lock:
+            for slot_id in self.region.broken & slots.capacity.keys() & set(slot_ids):
+                slots.capacity[slot_id] = self.region.token_capacity(slot_id)
+                slots.n_tokens[slot_id] = min(slots.n_tokens[slot_id], slots.capacity[slot_id])
 
     def _reclaiming(
-        self, call: Callable[[], object], slot_ids: set[SlotId], n_pages: int, *, may_reclaim: bool = True
-    ) -> None:
+        self, call: Callable[[], _Result], slot_ids: set[SlotId], n_pages: int, *, may_reclaim: bool = True
+    ) -> _Result:
         """Make a call that takes pages for slots; on a shortage reclaim warm slots and try again, while that helps."""
         while True:
             try:
-                call()
-                return
+                return call()
             except CapacityError as error:
                 if not may_reclaim or slot_ids & self.region.broken:  # broken by undoing just now
                     raise
@@ -732,10 +759,15 @@ class KVCache:
             sharing = {s for s in warm if self.region.is_shared(s)}
             unusable = [s for s in self.region.broken | sharing if s in self._slots.warm and s not in self._slots.busy]
             self._slots.busy.update(unusable)
-        try:
-            n_freed += sum(self._unmap_slot(slot_id) for slot_id in unusable)
-        finally:
-            self._unbusy(unusable)
+        failure: BaseException | None = None
+        for slot_id in unusable:  # all of them, even if one fails: what is left warm can be adopted
+            try:
+                n_freed += self._unmap_slot(slot_id)
+            except BaseException as error:
+                failure = failure or error
+        self._unbusy(unusable)
+        if failure is not None:
+            raise failure
         return n_freed
 
     def _mend(self) -> int:
@@ -826,15 +858,13 @@ class KVCache:
             raise UsageError(f"an unmap failed under slots {sorted(broken)}; retire them, they cannot grow any more")
 
     def _n_shared_tokens(self, slot_id: SlotId) -> int:
-        return shared_tokens(self.layout, self.region.shared_ends(slot_id))
+        return shared_tokens(self.layout, self.region.shared_ends(slot_id)) if self.region.shares else 0
 
     def _check_shared(self, slot_id: SlotId) -> None:
         """Verify that nobody will write what is shared. The caller holds the lock."""
         state, n_tokens = self._slots.state[slot_id], self._slots.n_tokens.get(slot_id, 0)
         if state is SlotState.ACTIVE and self._n_shared_tokens(slot_id) > n_tokens:
-            raise InvariantError(
-                f"slot {slot_id} of {n_tokens} tokens shares {self._n_shared_tokens(slot_id)}"
-            )
+            raise InvariantError(f"slot {slot_id} of {n_tokens} tokens shares {self._n_shared_tokens(slot_id)}")
         if state is SlotState.WARM and self.region.is_shared(slot_id):
             raise InvariantError(f"slot {slot_id} is to be adopted, and shares pages")
 
@@ -855,3 +885,42 @@ class KVCache:
 def _write(driver: Driver, rows: Sequence[tuple[int, bytearray]]) -> None:
     for address, row in rows:
         driver.copy_from_host(memoryview(row), address).wait()
+
+
+class Exchange:
+    """Sequences that were changed and can still be put back: `commit` or `undo` ends it, exactly one of them.
+
+    Until then nobody may use these sequences, on the device neither; other threads wait for their slots.
+    """
+
+    def __init__(
+        self, cache: KVCache, claim: ExitStack, rewired: Rewired | None, lengths: Mapping[SlotId, int]
+    ) -> None:
+        self._cache = cache
+        self._claim = claim
+        self._rewired = rewired
+        self._lengths = lengths  # as they were
+
+    def commit(self) -> None:
+        """Let go of what was replaced. A page that cannot be released is counted as lost."""
+        with self._claim:
+            if self._rewired is not None:
+                self._cache.region.keep(self._rewired)
+
+    def undo(self) -> None:
+        """Make the sequences what they were.
+
+        Raises:
+            DriverError: That failed: the slots are broken, and what is left in them may be wrong; retire them.
+        """
+        cache, slots = self._cache, self._cache._slots
+        with self._claim:
+            try:
+                if self._rewired is not None:
+                    cache.region.take_back(self._rewired)
+            finally:
+                with cache.pool.lock:
+                    for slot_id, n_tokens in self._lengths.items():
+                        slots.n_tokens[slot_id] = n_tokens
+                        slots.capacity[slot_id] = cache.region.token_capacity(slot_id)
+                cache._cut_broken(self._lengths)

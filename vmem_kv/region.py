@@ -5,8 +5,8 @@ Guarantees
   * The table (which handle lies where) changes only under the pool's lock, after the driver call succeeded.
   * A page whose unmap fails goes to quarantine, and its slot is `broken`: nobody uses that range. What was refused for
     lack of mappings, or interrupted, `retry` tries again, and the slot is whole when it succeeds; `close` tries all.
-  * A page may lie under several slots, at the same place of each (`rewire`). It goes back to the pool with its last
-    mapping (`shares.py`).
+  * A page may lie under several slots, at the same place of each (`begin_rewire`). It goes back to the pool with its
+    last mapping (`shares.py`).
 
 Assumptions: the cache above lets no two calls work on one slot at a time, and calls `unmap` only behind a fence.
 """
@@ -85,6 +85,12 @@ class Region:
         """Pages mapped under a slot, over all planes."""
         return sum(end - first for first, end in self.mapped[slot_id])
 
+    def n_givable_pages(self, slot_id: SlotId) -> int:
+        """Pages that come back when a slot that shares none is unmapped. The caller holds the pool's lock."""
+        if not self.shares:
+            return self.n_pages(slot_id)
+        return sum(not self.shares.is_doomed(handle) for handles in self._handles[slot_id] for handle in handles)
+
     def token_capacity(self, slot_id: SlotId) -> int:
         """Tokens, counted from the slot's start, that end inside its mapped pages."""
         return self.layout.token_capacity([end for _, end in self.mapped[slot_id]])
@@ -134,10 +140,6 @@ class Region:
         except BaseException:
             self.pool.refund_mappings(n_mappings)
             raise
-
-    def rewire(self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]) -> None:
-        """Replace what lies under slots from some page on, for good. See `begin_rewire`."""
-        self.keep(self.begin_rewire(changes, fill, commit))
 
     def begin_rewire(
         self, changes: Sequence[Rewiring], fill: Callable[[], object], commit: Callable[[], object]
@@ -204,13 +206,17 @@ class Region:
             except BaseException:
                 with self.pool.lock:
                     self._damaged |= slot_ids
-                self._let_go(old_handles)
+                with contextlib.suppress(VmemError):
+                    self._let_go(old_handles)
                 raise
-            self._put_back(old_plan, old_handles)
-            with self.pool.lock:
-                for change, pages in empty:
-                    self.mapped[change.slot_id][change.plane_index] = pages
-            self._let_go(handles)
+            try:
+                self._put_back(old_plan, old_handles)
+            finally:
+                with self.pool.lock:
+                    for change, pages in empty:
+                        self.mapped[change.slot_id][change.plane_index] = pages
+                with contextlib.suppress(VmemError):  # a page that could not be released is counted as lost
+                    self._let_go(handles)
             if slot_ids & self.broken:
                 n_bytes = old_plan.n_pages * old_plan.page_bytes
                 raise DriverError("map", 0, "STUCK", n_bytes, "what was exchanged could not be put back")

@@ -5,8 +5,9 @@
     rows.append(k, v); k, v = rows.views()
 
 Guarantees: K and V are written in place; `views` returns views of exactly the used tokens, at an address that
-never changes. A call that raises a CapacityError or UsageError changed nothing. Memory goes back when `close` is
-called, or when the last tensor that looks at it has died.
+never changes. A call that raises a CapacityError or UsageError changed nothing. Rows that copy each other share the
+pages that are full of the same tokens; copied is what is left, less than a page in each plane. Memory goes back when
+`close` is called, or when the last tensor that looks at it has died.
 
 Assumptions: one thread at a time per store. Not for autograd: states are stored detached.
 """
@@ -15,17 +16,26 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
 
 import torch
 
-from vmem_kv.cache import KVCache
+from vmem_kv.cache import Exchange, KVCache
 from vmem_kv.config import CacheConfig
 from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.driver.base import Driver
-from vmem_kv.errors import ConfigError, OutOfMappings, OutOfPages, OutOfSlots, UsageError, VmemError
+from vmem_kv.errors import (
+    ConfigError,
+    OutOfAddressSpace,
+    OutOfMappings,
+    OutOfPages,
+    OutOfSlots,
+    UsageError,
+    VmemError,
+)
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import Choice, LayerSpec, Layout, choose_layout
 from vmem_kv.pages import PagePool
@@ -35,6 +45,22 @@ from vmem_kv.units import format_bytes
 
 DEFAULT_MAX_TOKENS = 32_768
 DEFAULT_EXPECTED_TOKENS = 4_096
+
+ROOM_FOR_ROWS = 32
+"""Rows for which a layer reserves addresses at least, so that its rows can be forked beside each other."""
+
+_SHARE_OF_ADDRESSES = 16
+"""What part of the largest reservation all layers may take together, for rows that may never be needed."""
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(eq=False)
+class Lease:
+    """The slots of a cache that one `LayerRows` has. Its finalizer keeps it, so it does not know the rows."""
+
+    cache: KVCache
+    slots: Sequence[SlotId] = ()
 
 
 class RowStore:
@@ -53,9 +79,9 @@ class RowStore:
         self.choice: Choice | None = None
         self._n_layers = max(1, n_layers)
         self._pool: PagePool | None = None
-        self._caches: set[KVCache] = set()
-        self._orphans: deque[KVCache] = deque()
-        """Caches whose last tensor died at a moment when they could not be closed (see `abandon`)."""
+        self._leases: dict[KVCache, set[Lease]] = {}
+        self._orphans: deque[Lease] = deque()
+        """Leases whose last tensor died at a moment when they could not be ended (see `abandon`)."""
         self._n_entered = 0
         self._last_stats = CacheStats.empty()
 
@@ -70,15 +96,21 @@ class RowStore:
         """
         with self._entered():
             pool, kind = self._open_pool(spec, n_rows, device)
-            layout = Layout.build(kind, [spec], n_slots=n_rows, max_tokens=self.max_tokens, page_bytes=pool.page_bytes)
-            cache = KVCache(pool, layout)
-            self._caches.add(cache)
+            lease = self.lease(self._open_cache(pool, kind, spec, n_rows))
             try:
-                return LayerRows(self, cache, dtype, n_rows)
+                rows = LayerRows(self, lease, dtype, n_rows)
+                rows.start(n_rows)
             except BaseException:
                 with suppress(VmemError):
-                    self.close_cache(cache)
+                    self.end_lease(lease)
                 raise
+            return rows
+
+    def lease(self, cache: KVCache, slots: Sequence[SlotId] = ()) -> Lease:
+        """Note that somebody uses a cache, and these slots of it, until `end_lease`."""
+        lease = Lease(cache, slots)
+        self._leases.setdefault(cache, set()).add(lease)
+        return lease
 
     def stats(self) -> CacheStats:
         """Return the sum over all rows; once everything is closed, the peak and the calls that there were.
@@ -90,7 +122,7 @@ class RowStore:
             return self._last_stats if self._pool is None else self._sum_stats(self._pool)
 
     def _sum_stats(self, pool: PagePool) -> CacheStats:
-        parts = [cache.stats() for cache in self._caches]
+        parts = [cache.stats() for cache in self._leases]
         n_live, n_warm, n_pending = (
             sum(getattr(part, name) for part in parts) for name in ("n_live_pages", "n_warm_pages", "n_pending_pages")
         )
@@ -117,7 +149,7 @@ class RowStore:
     def check(self) -> None:
         """Verify the books of all rows. Raises InvariantError."""
         with self._entered():
-            for cache in self._caches:
+            for cache in self._leases:
                 cache.check()
 
     def trim(self) -> int:
@@ -141,62 +173,90 @@ class RowStore:
         Raises:
             DriverError: See `KVCache.settle`.
         """
-        return sum(cache.settle() for cache in self._caches) > 0
+        return sum(cache.settle() for cache in self._leases) > 0
 
     def require_owner(self) -> None:
         """Raise UsageError in a forked child."""
         if self._pool is not None:
             self._pool.require_owner()
 
-    def close_cache(self, cache: KVCache) -> None:
-        """Retire what is left in a cache and close it; with the last one, give everything back to the system.
+    def end_lease(self, lease: Lease) -> None:
+        """Give back what somebody had of a cache; with the last lease of all, give everything back to the system.
 
         Raises:
-            DriverError: Memory could not be given back; call again to try again.
+            DriverError: Memory could not be given back. It is tried again with the cache's last lease; if this is the
+                last one, call again.
         """
-        pool = cache.pool
+        cache, pool = lease.cache, lease.cache.pool
         pool.require_owner()
         with self._entered():
+            if lease not in self._leases.get(cache, ()):
+                return
+            if len(self._leases[cache]) > 1:
+                self._leases[cache].discard(lease)  # what cannot be given back now goes with the last lease
+                self.retire(lease)
+                cache.settle()
+                cache.reclaim(pool.max_pages)
+                return
             cache.retire(cache.active_slots())
             cache.settle()
             cache.close()
-            self._caches.discard(cache)
-            if not self._caches and pool is self._pool:
+            del self._leases[cache]
+            if not self._leases and pool is self._pool:
                 pool.trim()
                 self._last_stats = self._sum_stats(pool)  # nothing is left of it but the peak and the calls
                 pool.driver.close()
                 self._pool = None
 
-    def abandon(self, cache: KVCache) -> None:
-        """Close a cache whose last tensor has died, from a finalizer.
+    def retire(self, lease: Lease) -> None:
+        """End the sequences of a lease. See `KVCache.retire`."""
+        fence = lease.cache.fence()  # may fail; from here on the sequences end, even if giving memory back fails
+        slots, lease.slots = lease.slots, ()
+        if slots:
+            lease.cache.retire(slots, fence)
+
+    def abandon(self, lease: Lease) -> None:
+        """End a lease whose last tensor has died, from a finalizer.
 
         A finalizer can run anywhere, also in the middle of a call on this store or in a thread that holds the pool's
-        lock just now: then the cache waits for the end of that call, or for the next one. Nobody is there to hear of
+        lock just now: then the lease waits for the end of that call, or for the next one. Nobody is there to hear of
         an error: its pages stay counted in the pool.
         """
-        self._orphans.append(cache)
-        if not self._n_entered and cache.pool.lock.acquire(blocking=False):
-            cache.pool.lock.release()
+        self._orphans.append(lease)
+        lock = lease.cache.pool.lock
+        if not self._n_entered and lock.acquire(blocking=False):
+            lock.release()
             with suppress(VmemError):
-                self._close_orphans()
+                self._end_orphans()
 
     def __deepcopy__(self, memo: dict[int, object]) -> RowStore:
         return self  # a copied cache draws on the same pool
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        """Keep finalizers from closing caches in the middle of a call; close what they left, before and after."""
-        self._close_orphans()
+        """Keep finalizers from closing caches in the middle of a call; do what they left, before and after."""
+        self._end_orphans()
         self._n_entered += 1
         try:
             yield
         finally:
             self._n_entered -= 1
-        self._close_orphans()
+        self._end_orphans()
 
-    def _close_orphans(self) -> None:
+    def _end_orphans(self) -> None:
         while self._orphans and not self._n_entered:
-            self.close_cache(self._orphans.popleft())
+            self.end_lease(self._orphans.popleft())
+
+    def _open_cache(self, pool: PagePool, kind: str, spec: LayerSpec, n_rows: int) -> KVCache:
+        """Reserve addresses for rows, and for forks of them unless addresses are scarce."""
+        build = functools.partial(Layout.build, kind, [spec], max_tokens=self.max_tokens, page_bytes=pool.page_bytes)
+        row_bytes = build(n_slots=1).virtual_bytes * self._n_layers
+        n_affordable = pool.driver.info.max_reservation_bytes // _SHARE_OF_ADDRESSES // row_bytes
+        n_slots = max(n_rows, min(max(4 * n_rows, ROOM_FOR_ROWS), n_affordable))
+        try:
+            return KVCache(pool, build(n_slots=n_slots))
+        except OutOfAddressSpace:
+            return KVCache(pool, build(n_slots=n_rows))
 
     def _open_pool(self, spec: LayerSpec, n_rows: int, device: torch.device) -> tuple[PagePool, str]:
         """Return the pool, opened if it is not, and the layout kind for a layer of so many rows."""
@@ -240,30 +300,35 @@ class RowStore:
 
 
 class LayerRows:
-    """K and V of one layer: `[n_rows, n_heads, n_tokens, head_dim]`, `n_rows` up to what it was opened for."""
+    """K and V of one layer: `[n_rows, n_heads, n_tokens, head_dim]`."""
 
-    def __init__(self, store: RowStore, cache: KVCache, dtype: torch.dtype, n_rows: int) -> None:
+    def __init__(self, store: RowStore, lease: Lease, dtype: torch.dtype, max_rows: int) -> None:
         self.store = store
-        self.cache = cache
+        self.cache = lease.cache
         self.dtype = dtype
-        self.device = torch.device(cache.pool.driver.info.device)
-        self.max_rows = n_rows
+        self.device = torch.device(lease.cache.pool.driver.info.device)
+        self.max_rows = max_rows
+        """For how many rows the layout was chosen."""
         self.first_token = 0
         """Tokens before this one were given up by `slide`."""
         self.n_tokens = 0
         """Tokens written, counted from the sequence's start."""
-        self._slots: Sequence[SlotId] = ()
+        self._lease = lease
+        self._has_slid = False
         self._is_given_back = False
         self._tensors: RegionTensors | None = None
         self._keys: GrowingView | None = None
         self._values: GrowingView | None = None
         self._look()
-        self.start(n_rows)
 
     @property
     def n_rows(self) -> int:
         """Sequences in the batch; 0 after `stop`."""
         return len(self._slots)
+
+    @property
+    def _slots(self) -> Sequence[SlotId]:
+        return self._lease.slots
 
     @property
     def spec(self) -> LayerSpec:
@@ -273,17 +338,18 @@ class LayerRows:
     def start(self, n_rows: int) -> None:
         """Begin `n_rows` empty sequences, on warm memory where there is some.
 
+        Waits for the last kernels of sequences that ended: their memory is what to begin on, not more of it elsewhere.
+
         Raises:
-            OutOfSlots: `n_rows` is more than this was opened for. Nothing changed.
+            OutOfSlots: There are not so many neighbouring slots; others may have them. Nothing changed.
+            DriverError: See `KVCache.settle` and `KVCache.acquire`.
         """
         self._require_open()
-        try:
-            slots = self.cache.acquire_adjacent(n_rows)
-        except OutOfSlots:  # those of the last batch may wait for its last kernel
-            if not self.cache.settle():
-                raise
-            slots = self.cache.acquire_adjacent(n_rows)
-        self._take_slots(slots)
+        self.cache.settle()
+        if self._has_slid:  # a slot without its front is as good as none: give it back instead of mapping others beside
+            self.cache.reclaim(self.cache.pool.max_pages)
+            self._has_slid = False
+        self._take_slots(self.cache.acquire_adjacent(n_rows))
         self.first_token = self.n_tokens = 0
 
     def stop(self) -> None:
@@ -293,12 +359,12 @@ class LayerRows:
             DriverError: No fence could be recorded: nothing changed. Or the sequences ended, and memory that a window
                 gave up could not be unmapped.
         """
-        fence = self.cache.fence()  # may fail; from here on the sequences end, even if giving memory back fails
-        slots, self._slots = self._slots, ()
-        self._keys = self._values = None
-        self.first_token = self.n_tokens = 0
-        if slots:
-            self.cache.retire(slots, fence)
+        try:
+            self.store.retire(self._lease)
+        finally:
+            if not self._slots:
+                self._keys = self._values = None
+                self.first_token = self.n_tokens = 0
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Write the next tokens of every row.
@@ -332,15 +398,30 @@ class LayerRows:
         return self._keys.cut(first, self.n_tokens), self._values.cut(first, self.n_tokens)
 
     def truncate(self, n_tokens: int) -> None:
-        """Drop the tokens from `n_tokens` on; their pages stay for the next ones.
+        """Drop the tokens from `n_tokens` on; their pages stay for the next ones, unless others have them too.
 
         Raises:
             UsageError: `n_tokens` is beyond the length, or before what `slide` gave up. Nothing changed.
+            CapacityError: Tokens are to go that others share, and there is no room for a page of one's own at the new
+                end. Nothing changed.
+            DriverError: Likewise; see `KVCache.truncate`.
         """
-        if not self.first_token <= n_tokens <= self.n_tokens:
-            raise UsageError(f"truncate to {n_tokens} in rows that hold [{self.first_token}, {self.n_tokens})")
-        self._ensure(n_tokens)
-        self.n_tokens = n_tokens
+        if n_tokens < self.n_shared_tokens():
+            self.begin_truncate(n_tokens).commit()
+        else:
+            self._require_length(n_tokens)
+            self._ensure(n_tokens)
+            self.n_tokens = n_tokens
+
+    def begin_truncate(self, n_tokens: int) -> Change:
+        """Do of `truncate` what can fail. Raises as it does."""
+        self._require_length(n_tokens)
+        exchange = self._patiently(lambda: self.cache.begin_truncate(self._slots, n_tokens))
+        return Change(self, exchange, n_tokens=n_tokens)
+
+    def n_shared_tokens(self) -> int:
+        """How many tokens of some row lie in pages that others have too, wholly or in part."""
+        return max((self.cache.shared_tokens(slot_id) for slot_id in self._slots), default=0)
 
     def slide(self, first_token: int) -> None:
         """Give up the tokens before `first_token`; whole pages before it go back to the pool.
@@ -349,6 +430,7 @@ class LayerRows:
             DriverError: See `KVCache.slide`.
         """
         if first_token > self.first_token:
+            self._has_slid = True
             try:
                 self.cache.slide(self._slots, first_token)
             finally:
@@ -362,35 +444,54 @@ class LayerRows:
 
         Raises:
             UsageError: An index is out of range, or there are more than rows. Nothing changed.
+            OutOfMappings: Pages could not be exchanged. Nothing changed.
+            DriverError: Likewise; or the rows are changed, and memory of those that ended could not be given back.
         """
+        self.begin_select(indices).commit()
+
+    def begin_select(self, indices: torch.Tensor) -> Change:
+        """Do of `select` what can fail: exchange the full pages that differ. Raises as it does."""
         self._require_rows(indices)
-        n_rows = indices.numel()
-        if n_rows > self.n_rows:
-            raise UsageError(f"{n_rows} rows of a batch of {self.n_rows}; copy them to rows of their own")
-        changed = (indices != torch.arange(n_rows)).nonzero().flatten()
-        if changed.numel():
-            targets, sources = changed.to(self.device), indices[changed].to(self.device)
-            for states in self.views():
-                states[targets] = states.index_select(0, sources)
-        if n_rows < self.n_rows:
-            gone, fence = self._slots[n_rows:], self.cache.fence()
-            self._take_slots(self._slots[:n_rows])
-            self.cache.retire(gone, fence)
+        rows = indices.tolist()
+        if len(rows) > self.n_rows:
+            raise UsageError(f"{len(rows)} rows of a batch of {self.n_rows}; copy them to rows of their own")
+        moves = {target: source for target, source in enumerate(rows) if target != source}
+        slots = self._slots
+        sources = {slots[target]: slots[source] for target, source in moves.items()}
+        exchange = self._patiently(lambda: self.cache.begin_share(sources, self.n_tokens)) if moves else None
+        return Change(self, exchange, moves, len(rows))
 
     def copy(self, indices: torch.Tensor | None = None) -> LayerRows:
         """Return rows of their own; row i holds what row `indices[i]` of these holds, by default row i.
 
         Raises:
             CapacityError: No room for them. Nothing changed.
+            DriverError: They could not be made. Nothing changed.
             UsageError: An index is out of range. Nothing changed.
         """
         self._require_open()
         indices = torch.arange(self.n_rows) if indices is None else indices
         self._require_rows(indices)
-        new = self.store.open_rows(self.spec, self.dtype, max(1, indices.numel()), self.device)
-        if not self._slots:
-            new.stop()
-            return new
+        sources = [self._slots[index] for index in indices.tolist()]
+        slots: Sequence[SlotId] = ()
+        if sources:
+            try:
+                slots = self._patiently(lambda: self.cache.fork_adjacent(sources))
+            except OutOfSlots:
+                return self._copy_apart(indices)
+        lease = self.store.lease(self.cache, slots)
+        try:
+            new = LayerRows(self.store, lease, self.dtype, max(self.max_rows, len(slots)))
+        except BaseException:
+            with suppress(VmemError):
+                self.store.end_lease(lease)
+            raise
+        new.first_token, new.n_tokens, new._has_slid = self.first_token, self.n_tokens, self._has_slid
+        return new
+
+    def _copy_apart(self, indices: torch.Tensor) -> LayerRows:
+        """`copy` into a reservation of its own, with no page shared: where the slots of this one do not suffice."""
+        new = self.store.open_rows(self.spec, self.dtype, indices.numel(), self.device)
         try:
             new._ensure(self.n_tokens)
             new.n_tokens = self.n_tokens
@@ -403,14 +504,37 @@ class LayerRows:
                 target[i].copy_(source[index])
         return new
 
+    def _copy_tails(self, moves: Mapping[int, int]) -> None:
+        """Give rows the tokens of other rows that are in no full page. Rows may change places."""
+        assert self._tensors is not None
+        sources = torch.tensor(list(moves.values()), device=self.device)
+        for tails in self._tensors.tails(self._slots, self.n_tokens):
+            moved = tails.index_select(1, sources)
+            for i, target in enumerate(moves):
+                tails[:, target].copy_(moved[:, i])
+
+    def _shrink(self, n_rows: int) -> None:
+        """End the rows from `n_rows` on."""
+        gone = self._slots[n_rows:]
+        self._take_slots(self._slots[:n_rows])
+        self.cache.retire(gone)
+
     def _ensure(self, n_tokens: int) -> None:
         lengths = dict.fromkeys(self._slots, n_tokens)
+        self._patiently(lambda: self.cache.ensure(lengths))
+
+    def _patiently(self, call: Callable[[], _Result]) -> _Result:
+        """Make a call that takes memory; where there is none, what was given up may wait for a kernel only."""
         try:
-            self.cache.ensure(lengths)
-        except (OutOfPages, OutOfMappings):  # what windows and other layers gave up may wait for a kernel only
+            return call()
+        except (OutOfPages, OutOfMappings, OutOfSlots):
             if not self.store.settle():
                 raise
-            self.cache.ensure(lengths)
+            return call()
+
+    def _require_length(self, n_tokens: int) -> None:
+        if not self.first_token <= n_tokens <= self.n_tokens:
+            raise UsageError(f"truncate to {n_tokens} in rows that hold [{self.first_token}, {self.n_tokens})")
 
     def _require_rows(self, indices: torch.Tensor) -> None:
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.n_rows:
@@ -431,18 +555,18 @@ class LayerRows:
         return True
 
     def _look(self) -> None:
-        self._tensors = RegionTensors(self.cache, functools.partial(self.store.abandon, self.cache))
+        self._tensors = RegionTensors(self.cache, functools.partial(self.store.abandon, self._lease))
         self._take_slots(self._slots)
 
     def _give_back(self) -> None:
         if not self._is_given_back:
-            self.store.close_cache(self.cache)
+            self.store.end_lease(self._lease)
             self._is_given_back = True
-            self._slots = ()
+            self._lease.slots = ()
             self.first_token = self.n_tokens = 0
 
     def _take_slots(self, slots: Sequence[SlotId]) -> None:
-        self._slots = slots
+        self._lease.slots = slots
         if slots and self._tensors is not None:
             layout = self.cache.layout
             self._keys = self._tensors.view(layout.keys[0], slots, self.dtype)
@@ -482,6 +606,52 @@ class LayerRows:
     def _require_open(self) -> None:
         if self._tensors is None:
             raise UsageError("the cache is closed; make a new one")
+
+
+class Change:
+    """A change of rows of which the part that can fail is done: `commit` or `undo` ends it, exactly one of them.
+
+    Several layers change together, or none of them: each begins, and the changes are committed when all have begun.
+    Nobody uses the rows meanwhile.
+    """
+
+    def __init__(
+        self,
+        rows: LayerRows,
+        exchange: Exchange | None,
+        moves: Mapping[int, int] | None = None,
+        n_rows: int | None = None,
+        n_tokens: int | None = None,
+    ) -> None:
+        self._rows = rows
+        self._exchange = exchange
+        self._moves = moves or {}
+        self._n_rows = rows.n_rows if n_rows is None else n_rows
+        self._n_tokens = rows.n_tokens if n_tokens is None else n_tokens
+
+    def commit(self) -> None:
+        """Do the rest.
+
+        Raises:
+            DriverError: It is done; memory of rows that ended could not be given back.
+        """
+        rows = self._rows
+        if self._exchange is not None:
+            self._exchange.commit()
+        rows.n_tokens = self._n_tokens
+        if self._moves:
+            rows._copy_tails(self._moves)
+        if self._n_rows < rows.n_rows:
+            rows._shrink(self._n_rows)
+
+    def undo(self) -> None:
+        """Leave the rows as they were before.
+
+        Raises:
+            DriverError: That failed: the rows cannot grow any more, and may hold the wrong tokens.
+        """
+        if self._exchange is not None:
+            self._exchange.undo()
 
 
 def close_rows(rows: Sequence[LayerRows]) -> None:

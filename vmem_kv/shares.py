@@ -52,6 +52,11 @@ class Shares:
         holders = self._holders.get(handle)
         return holders is not None and holders.n_tables + holders.n_elsewhere > 1
 
+    def is_doomed(self, handle: Handle) -> bool:
+        """Whether a page of the table will be lost with its last place there: a stuck mapping is left of it."""
+        holders = self._holders.get(handle)
+        return holders is not None and holders.n_stuck > 0
+
     def alias(self, handles: Iterable[Handle]) -> None:
         """Pages of the table are about to be mapped once more."""
         for handle in handles:

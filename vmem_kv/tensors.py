@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 
@@ -73,6 +74,31 @@ class RegionTensors:
                 (strides.offset_bytes + slot_ids[0] * strides.slot_bytes) // item,
             )
         return GrowingView(full)
+
+    def tails(self, slot_ids: Sequence[SlotId], n_tokens: int) -> list[torch.Tensor]:
+        """Return views of the bytes of the first `n_tokens` tokens that lie behind their last full pages.
+
+        Returns:
+            `[n_planes, n_slots, n_bytes]` of uint8 for every group of planes of one geometry that has such bytes. The
+            slots are neighbours.
+        """
+        layout, tails = self._layout, []
+        first_plane = 0
+        for (token_bytes, span_bytes), planes in groupby(layout.planes, lambda p: (p.token_bytes, p.span_bytes)):
+            n_planes = len(list(planes))
+            n_bytes = n_tokens * token_bytes
+            n_tail_bytes = n_bytes % layout.page_bytes
+            if n_tail_bytes:
+                base = layout.planes[first_plane].base_bytes + slot_ids[0] * span_bytes
+                with torch.inference_mode(False):
+                    tail = self._all(torch.uint8).as_strided(
+                        (n_planes, len(slot_ids), n_tail_bytes),
+                        (layout.n_slots * span_bytes, span_bytes, 1),
+                        base + n_bytes - n_tail_bytes,
+                    )
+                tails.append(tail)
+            first_plane += n_planes
+        return tails
 
     def layer(self, layer_index: int, dtype: torch.dtype) -> SlotKV:
         """Return the K and V of one layer over all slots, for kernels.

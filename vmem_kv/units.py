@@ -43,6 +43,11 @@ def parse_bytes(text: str | int) -> int:
     return int(whole) * unit + int(int(fraction or 0) * unit // 10 ** len(fraction))
 
 
+def count(n: int, thing: str) -> str:
+    """Return a number of things for a reader, e.g. ``"1 token"``, ``"2 tokens"``."""
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
 def format_bytes(n_bytes: int) -> str:
     """Return ``n_bytes`` for a reader, e.g. ``"1.50 MiB"``."""
     value = float(n_bytes)

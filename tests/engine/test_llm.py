@@ -13,7 +13,7 @@ from vmem_kv import LLM, SamplingParams
 from vmem_kv.engine.request import FinishReason
 from vmem_kv.errors import ConfigError, InvalidRequest
 
-from .harness import greedy, greedy_alone, prompt_of
+from .harness import greedy, greedy_alone, prompt_of, slots_in_use
 from .tokenizers import word_tokenizer
 
 
@@ -76,7 +76,7 @@ def test_an_interruption_ends_all_requests(llm: LLM, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         llm.generate([prompt_of(9)] * 3, greedy(20), progress=False)
     assert not llm.engine.has_work
-    assert llm.engine.memory.cache.active_slots() == []
+    assert not slots_in_use(llm.engine)
 
 
 @pytest.mark.parametrize(

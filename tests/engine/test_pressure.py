@@ -8,9 +8,9 @@ import pytest
 
 from vmem_kv.engine.request import FinishReason, Request
 from vmem_kv.engine.sampling_params import SamplingParams
-from vmem_kv.errors import QueueFull, RequestTooLong
+from vmem_kv.errors import InvalidRequest, QueueFull, RequestTooLong
 
-from .harness import backend, engine_on, greedy, greedy_alone, prompt_of, run, tokens
+from .harness import backend, engine_on, greedy, greedy_alone, prompt_of, run, slots_in_use, tokens
 
 PAGES_OF_60_TOKENS = 48 * 4096
 """What the tiny llama needs for 60 tokens: 12 planes, 16 tokens a page."""
@@ -89,10 +89,8 @@ def test_what_can_never_fit_is_refused_and_what_just_fits_is_served() -> None:
             engine.add(Request(prompt_of(30), greedy(35)))
         with pytest.raises(RequestTooLong, match="memory budget"):
             engine.add(Request(prompt_of(64), SamplingParams()))
-        with pytest.raises(RequestTooLong, match="at most 256"):
-            engine.add(Request(prompt_of(256), SamplingParams()))
-        with pytest.raises(RequestTooLong, match="256"):
-            engine.add(Request(prompt_of(200), greedy(57)))
+        with pytest.raises(RequestTooLong, match="the prompt has 1 token, and max_tokens asks for 64 more"):
+            engine.add(Request(prompt_of(1), greedy(64)))
         assert not engine.has_work
         fits = Request(prompt_of(30), greedy(34, ignore_eos=True))
         others = [Request(prompt_of(9, i), SamplingParams(temperature=0.0, ignore_eos=True)) for i in range(3)]
@@ -100,6 +98,26 @@ def test_what_can_never_fit_is_refused_and_what_just_fits_is_served() -> None:
     assert len(tokens(answers, fits)) == 34
     assert all(answers[r.request_id][0].finish_reason is FinishReason.LENGTH for r in (fits, *others))
     assert all(len(tokens(answers, r)) == 64 - 9 for r in others)
+
+
+def test_what_is_longer_than_the_model_is_refused_in_the_words_that_clients_know() -> None:
+    with engine_on() as engine:
+        with pytest.raises(
+            RequestTooLong, match=r"maximum context length is 256 tokens; the prompt has 256 tokens, and"
+        ):
+            engine.add(Request(prompt_of(256), SamplingParams()))
+        with pytest.raises(RequestTooLong, match=r"maximum context length is 256 tokens.*max_tokens asks for 57 more"):
+            engine.add(Request(prompt_of(200), greedy(57)))
+
+
+def test_who_waits_takes_nobodys_slot_however_urgent() -> None:
+    late, urgent = Request(prompt_of(5), greedy(30, ignore_eos=True), priority=9), Request(prompt_of(6), greedy(2))
+    with engine_on(max_num_seqs=1) as engine:
+        engine.add(late)
+        engine.step()
+        engine.add(urgent)
+        assert tokens(run(engine), late)
+        assert engine.snapshot().n_preempted == 0
 
 
 def test_the_queue_is_bounded_and_free_slots_do_not_count() -> None:
@@ -114,6 +132,13 @@ def test_the_queue_is_bounded_and_free_slots_do_not_count() -> None:
         run(engine)
 
 
+def test_more_answers_than_can_run_and_wait_are_refused_for_good() -> None:
+    with engine_on(max_num_seqs=1, max_queued=1) as engine:
+        with pytest.raises(InvalidRequest, match="at most 2 answers can be given"):
+            engine.check(Request(prompt_of(3), greedy(2, n=3)))
+        run(engine, [Request(prompt_of(3), greedy(2, n=2))])
+
+
 def test_an_aborted_request_frees_its_pages_at_once() -> None:
     with engine_on() as engine:
         running, waiting = Request(prompt_of(50), greedy(50, n=2)), Request(prompt_of(5), greedy(5))
@@ -121,7 +146,7 @@ def test_an_aborted_request_frees_its_pages_at_once() -> None:
         engine.step()
         engine.add(waiting)
         assert [u.finish_reason for u in engine.abort(running.request_id)] == [FinishReason.ABORT] * 2
-        assert engine.memory.cache.active_slots() == []
+        assert not slots_in_use(engine)
         assert engine.abort(running.request_id) == []
         engine.abort(waiting.request_id)
         assert not engine.has_work

@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from tests.engine.harness import backend
+from tests.engine.harness import backend, n_pages_in_use, slots_in_use
+from vmem_kv.devices import OpenDriver
 from vmem_kv.engine.async_engine import AsyncEngine
 from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.llm import make_config
@@ -58,12 +59,12 @@ class Running:
         self.loop.call_soon_threadsafe(self.server.end)
 
     def is_idle(self) -> bool:
-        return not self.engine.has_work and not self.engine.memory.cache.active_slots()
+        return not self.engine.has_work and not slots_in_use(self.engine)
 
     def check_idle(self) -> None:
         """No page belongs to a sequence, and the books add up."""
         until(self.is_idle)
-        assert self.engine.memory.cache.stats().n_live_pages == 0
+        assert n_pages_in_use(self.engine) == 0
         self.engine.memory.cache.check()
 
 
@@ -103,16 +104,21 @@ def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def serving(
-    folder: Path, *, limits: Limits | None = None, keys: tuple[str, ...] = (), **options: Any
+    folder: Path,
+    *,
+    limits: Limits | None = None,
+    keys: tuple[str, ...] = (),
+    driver: OpenDriver | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
     """Serve the model in a folder. Afterwards the server has ended by itself, and no memory is left."""
     model, tokenizer = load(str(folder))
     tokenizer.chat_template = TEMPLATE
-    inner = Engine(model, tokenizer, make_config(**{"max_num_seqs": 4, **options}), backend())
+    inner = Engine(model, tokenizer, make_config(**{"max_num_seqs": 4, **options}), driver or backend())
     engine = AsyncEngine(inner)
     service = Service(
         engine,
-        TextCodec(tokenizer, inner.max_model_len),
+        TextCodec(tokenizer, inner.max_tokens_alone),
         MODEL,
         limits or Limits(grace_s=5.0),
         Keys(keys),
@@ -145,6 +151,4 @@ def serving(
             thread.join(WAIT_S)
     assert not thread.is_alive()
     assert engine.stop(WAIT_S)
-    if engine.health().death:
-        inner.close()
     assert inner.memory.pool.n_owned == 0

@@ -130,6 +130,8 @@ ROWS: list[Row] = [
     ("echo of logprobs", ("completions",), {"echo": True, "logprobs": 1}, 400, "unsupported_value", "echo"),
     ("echo of no token", ("completions",), {"echo": True, "prompt": [3, 1000]}, 400, "invalid_value", "prompt"),
     ("suffix", BOTH, {"suffix": "x"}, 400, "unsupported_parameter", "suffix"),
+    *((name, BOTH, {name: 1}, 400, "unsupported_parameter", name)
+      for name in ("prompt_logprobs", "use_beam_search", "priority")),
     ("unknown", BOTH, {"foo": 1}, 400, "unknown_parameter", "foo"),
     ("unknown null", BOTH, {"foo": None}, 400, "unknown_parameter", "foo"),
     ("a branch's name", BOTH, {"<odd>": 1}, 400, "unknown_parameter", "<odd>"),
@@ -257,6 +259,14 @@ def test_messages_are_openais(running: Running) -> None:
     assert said("chat", messages=...) == "Missing required parameter: 'messages'."
     assert said("chat", model=...) == "you must provide a model parameter"
     assert said("chat", model="x") == "The model `x` does not exist or you do not have access to it."
+    assert said("chat", max_tokens=125) == (
+        "This model's maximum context length is 128 tokens; the prompt has 5 tokens, and max_tokens asks for 125 more"
+    )
+    assert said("completions", prompt="sky", max_tokens=128).endswith("has 1 token, and max_tokens asks for 128 more")
+    assert said("completions", echo=True, logprobs=1).endswith(
+        "log probabilities are given of answers, not of prompts."
+    )
+    assert said("chat", prompt_logprobs=1) == "Unsupported parameter: 'prompt_logprobs' is not supported here."
     assert said("chat", foo=1) == "Unrecognized request argument supplied: foo"
     assert said("chat", tool_choice="auto") == "'tool_choice' is only allowed when 'tools' are specified."
 

@@ -100,8 +100,9 @@ def test_a_second_signal_ends_at_once(tiny_model_folder: Path) -> None:
         (["--host", "no such host", "--api-key", KEY], "choose another --host"),
         (["--api-key", "short"], "an API key must have"),
         (["--layout", "diagonal"], "'diagonal'"),
+        (["--prefix-policy", "best"], "'best'; choose one of lru, cost"),
         (["--max-memory", "many"], "is not a size in bytes"),
-        (["--max-memory", "4k"], "--max-memory"),
+        (["--max-memory", "4k"], "--max-memory is 4096, which holds no sequence of 2 tokens; set it to 32768 or more"),
         (["--max-len", "1000"], "was made for 128 tokens"),
         (["--log-level", "loud"], "choose one of debug"),
     ],
@@ -138,6 +139,7 @@ def test_the_help_reads_like_a_manual() -> None:
         "curl",
         "SIGTERM",
         "--max-memory",
+        "--max-silence",
         "--api-key",
         "Memory",
     ):
@@ -153,6 +155,13 @@ def test_chat_answers_one_question_or_talks(running: Running) -> None:
     assert talk.exit_code == 0, talk.output
     assert talk.stdout.count("you>") == 6
     assert talk.stdout.count("/clear forgets") == 2
+
+
+def test_a_refused_turn_does_not_end_a_conversation(running: Running) -> None:
+    talk = run("chat", "--url", running.url, "-n", "110", text="the sky is " * 9 + "\nthe sky\n/clear\nsky\n/quit\n")
+    assert talk.exit_code == 0, talk.output
+    assert talk.stdout.count("the server says: This model's maximum context length is 128 tokens") == 1
+    assert talk.stdout.count("you>") == 5
 
 
 def test_chat_says_what_the_server_says(running: Running) -> None:

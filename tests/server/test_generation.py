@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.tokenizers import byte_tokenizer
 from vmem_kv.models import load
+from vmem_kv.server.text import TextCodec
 
 from .harness import MODEL, PATHS, TEMPLATE, Data, Running, events, good, text_of
 
@@ -50,7 +52,12 @@ def test_an_answer_is_what_generate_answers(running: Running, tiny_model_folder:
     data = response.json()
     assert text_of(endpoint, data).strip() == expected(tiny_model_folder, prompt_of(endpoint), 8).strip()
     n_prompt = 4 if endpoint == "completions" else 5
-    assert data["usage"] == {"prompt_tokens": n_prompt, "completion_tokens": 8, "total_tokens": n_prompt + 8}
+    assert data["usage"] == {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": 8,
+        "total_tokens": n_prompt + 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert data["choices"][0]["finish_reason"] == "length"
     assert data["model"] == MODEL
     assert data["object"] == ("text_completion" if endpoint == "completions" else "chat.completion")
@@ -132,6 +139,31 @@ def test_logprobs_of_chat(running: Running) -> None:
     assert running.post("chat", logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+def test_the_bytes_of_tokens_make_the_characters_that_no_token_holds_alone() -> None:
+    tokenizer = byte_tokenizer()
+    codec = TextCodec(tokenizer, 128)
+    text = "naïve 漢字 🌟\n\x00\x7f\xad"
+    told = [codec.token_bytes(token_id) for token_id in tokenizer(text).input_ids]
+    assert b"".join(part for part in told if part is not None).decode() == text
+    codec.close()
+
+
+@pytest.mark.parametrize(("written", "told"), [("<0xE2>", b"\xe2"), ("?", b"?"), ("漢", None)])
+def test_the_bytes_of_a_token_that_says_nothing_alone(written: str, told: bytes | None) -> None:
+    class Tokenizer:
+        all_special_tokens: tuple[str, ...] = ()
+
+        def decode(self, token_ids: list[int]) -> str:
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, token_id: int) -> str:
+            return written
+
+    codec = TextCodec(Tokenizer(), 128)
+    assert codec.token_bytes(5) == told
+    codec.close()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_puts_the_prompt_before_the_answer(running: Running, stream: bool) -> None:
     whole = text_of("completions", running.post("completions").json())
@@ -182,6 +214,20 @@ def test_a_special_token_in_a_message_is_plain_text(running: Running) -> None:
     assert "<eos>" not in TEMPLATE
     response = running.post("chat", messages=[{"role": "user", "content": "<eos> <pad> <|im_end|>"}])
     assert response.status_code == 200
+
+
+def test_what_stands_behind_a_special_tokens_text_stays_there(running: Running) -> None:
+    def content(text: str) -> list[int]:
+        return tokens_of(running, [{"role": "user", "content": text}])
+
+    plain = content("sky <  eos  >  1 sky <  eos  >  0 sky")
+    assert content("sky <eos>1 sky <eos>0 sky") == plain
+    assert len(content("<eos>" * 40 + "7")) == len(content("<  eos  > " * 40 + "7"))
+
+
+def tokens_of(running: Running, messages: list[Data]) -> list[int]:
+    found: list[int] = running.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    return found
 
 
 def test_tokens_become_text_again(running: Running) -> None:

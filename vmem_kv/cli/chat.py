@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from vmem_kv.cli.client import DEFAULT_URL, ApiKey, Url, connect, get, stream
+from vmem_kv.errors import ConfigError
 
 if TYPE_CHECKING:
     import httpx
@@ -62,7 +64,11 @@ def _talk(out: Console, client: httpx.Client, options: dict[str, Any], first: li
             out.print(_HELP, highlight=False)
         elif text:
             asked = {"role": "user", "content": text}
-            messages = [*messages, asked, *_answer(out, client, options, [*messages, asked])]
+            try:
+                if said := _answer(out, client, options, [*messages, asked]):
+                    messages = [*messages, asked, *said]
+            except ConfigError as error:  # it may have grown too long, and /clear helps
+                out.print(f"\n[bold red]{escape(str(error))}[/]", highlight=False)
 
 
 def _answer(
@@ -80,7 +86,7 @@ def _answer(
                 out.print(piece, end="", markup=False, highlight=False, emoji=False, soft_wrap=True)
             n_tokens = event["usage"]["completion_tokens"] if event["usage"] else n_tokens
     except KeyboardInterrupt:
-        out.print(" [dim](ended)[/]", end="")
+        out.print(" [dim](ended)[/]", end="", highlight=False)
     out.print()
     passed_s = time.monotonic() - start_s
     if n_tokens and out.is_terminal:

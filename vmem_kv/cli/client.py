@@ -64,13 +64,13 @@ def stream(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[di
     """Yield a stream's events.
 
     Raises:
-        ConfigError: The answer was ended by an error.
+        ConfigError: The server refused it, or ended the answer by an error. It goes on.
         httpx.HTTPError: See `connect`.
     """
     with client.stream("POST", path, json=body) as response:
         if response.is_error:
             response.read()
-            response.raise_for_status()
+            raise ConfigError(_message(response))
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,16 @@ def serve(
         typer.Option(help="Unit of physical memory, such as 64k.", show_default="by the layout",
                      rich_help_panel=_ENGINE),
     ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option("--prefix-cache/--no-prefix-cache", rich_help_panel=_ENGINE,
+                     help="Begin a prompt with what the same client's requests have computed of it."),
+    ] = True,
+    prefix_policy: Annotated[
+        str,
+        typer.Option(help="Which cached prefix goes first when room is needed: lru, or cost (of computing it again).",
+                     rich_help_panel=_ENGINE),
+    ] = "lru",
     layout: Annotated[
         str, typer.Option(help="auto, per_head, per_layer, group:N or token_major.", rich_help_panel=_ENGINE)
     ] = "auto",
@@ -106,6 +117,11 @@ def serve(
         typer.Option(min=0.1, help="Seconds that a client may stop reading before it is cut off.",
                      rich_help_panel=_HTTP),
     ] = 30.0,
+    max_silence: Annotated[
+        float,
+        typer.Option(min=0.5, help="Seconds without a sign of life from the engine until /ready says 503. "
+                     "Above the longest step.", rich_help_panel=_HTTP),
+    ] = 10.0,
     grace: Annotated[
         float,
         typer.Option(min=0.1, help="Seconds for unfinished answers after SIGTERM or Ctrl-C; a second one ends at once.",
@@ -151,12 +167,13 @@ def serve(
     """
     from vmem_kv.server.auth import Hosts, Keys
     from vmem_kv.server.limits import Limits
+    from vmem_kv.server.log import check_level, lossy_stderr
     from vmem_kv.server.run import bind, check_exposure
 
-    err = Console(file=sys.stderr)
+    check_level(log_level)
     keys = Keys(_read_keys(api_key, api_key_file))
     check_exposure(host, bool(keys))
-    limits = Limits(request_timeout_s=request_timeout, send_timeout_s=send_timeout, grace_s=grace)
+    limits = Limits(request_timeout_s=request_timeout, send_timeout_s=send_timeout, silent_s=max_silence, grace_s=grace)
     listener = bind(host, port)
     engine_options: dict[str, Any] = {
         "max_num_seqs": max_seqs,
@@ -166,12 +183,15 @@ def serve(
         "max_n": max_n,
         "max_bytes": max_memory,
         "layout": layout,
+        "prefix_caching": prefix_cache,
+        "prefix_policy": prefix_policy,
         **({"page_bytes": _bytes(page_bytes)} if page_bytes else {}),
     }
     name = served_name or (Path(model_name).stem if model_name else "SmolLM2-135M-Instruct")
-    try:
+    with lossy_stderr(), closing(listener):
         from vmem_kv.engine.llm import make_config
 
+        err = Console(file=sys.stderr)
         config = make_config(**{k: v for k, v in engine_options.items() if v is not None})
         model, tokenizer = load_with_bar(err, model_name, dtype.value, "vmem_kv", device, threads)
         from vmem_kv.server.serving import serve_model
@@ -190,8 +210,6 @@ def serve(
             name=name, limits=limits, keys=keys, hosts=Hosts(host, allowed_host or ()), listener=listener,
             log_level=log_level, on_started=on_started,
         )  # fmt: skip
-    finally:
-        listener.close()
     raise typer.Exit(code)
 
 

@@ -15,7 +15,7 @@ from vmem_kv.cli.client import DEFAULT_URL, ApiKey, Url, connect, get
 from vmem_kv.units import format_bytes
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_STYLES = {"active": "blue", "warm": "yellow", "cold": "dim"}
+_STYLES = {"active": "blue", "cached": "magenta", "warm": "yellow", "cold": "dim"}
 _BAR_CELLS = 40
 _N_LINES_AROUND = 10
 
@@ -60,14 +60,16 @@ def draw(data: dict[str, Any], n_rows: int | None) -> RenderableType:
     pages = "  ".join(f"{name} {n:,}" for name, n in data["pages"].items())
     memory = (
         f"addresses {format_bytes(data['virtual_bytes'])}   mapped {format_bytes(data['mapped_bytes'])}   "
-        f"live {format_bytes(data['live_bytes'])}   pages of {format_bytes(data['page_bytes'])}: {pages}"
+        f"live {format_bytes(data['live_bytes'])}"
     )
     work = (
         f"running {last.get('n_running', 0)}   queued {last.get('n_waiting', 0)}   "
         f"preemptions {data['n_preempted']}   driver calls/s {last.get('driver_calls_per_s', 0.0):.1f}"
+        + ("" if data["hit_share"] is None else f"   prompts cached {data['hit_share']:.0%}")
     )
     lines = (
         memory,
+        f"pages of {format_bytes(data['page_bytes'])}: {pages}",
         work,
         f"tokens/s {last.get('generated_tokens_per_s', 0.0):7.1f} {_spark(data, 'generated_tokens_per_s')}",
         f"pages    {last.get('n_live_pages', 0):7,} {_spark(data, 'n_live_pages')}",
@@ -80,8 +82,8 @@ def _slots(data: dict[str, Any], n_rows: int | None) -> Table:
     for heading in ("slot", "state", "live, mapped", "tokens", "live", "mapped"):
         table.add_column(heading, justify="right" if heading in ("slot", "tokens", "live", "mapped") else "left")
     most = max(1, *(slot["mapped_bytes"] for slot in data["slots"]))
-    order = {"active": 0, "retired": 1, "warm": 2, "broken": 3}
-    slots = sorted(enumerate(data["slots"]), key=lambda item: order.get(item[1]["state"], 4))
+    order = {"active": 0, "cached": 1, "retired": 2, "warm": 3, "broken": 4}
+    slots = sorted(enumerate(data["slots"]), key=lambda item: order.get(item[1]["state"], 5))
     for index, slot in slots[:n_rows]:
         live_bytes = slot["n_tokens"] * data["token_bytes"]
         n_mapped = round(_BAR_CELLS * slot["mapped_bytes"] / most)

@@ -26,7 +26,16 @@ from types import TracebackType
 
 from vmem_kv.engine.engine import Engine, EngineStats
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
-from vmem_kv.errors import EngineDead, QueueFull, ReaderTooSlow, RequestError, ShuttingDown, UsageError, VmemError
+from vmem_kv.errors import (
+    EngineDead,
+    InvalidRequest,
+    QueueFull,
+    ReaderTooSlow,
+    RequestError,
+    ShuttingDown,
+    UsageError,
+    VmemError,
+)
 
 MAX_UNREAD_CHARACTERS = 64 * 1024
 HEARTBEAT_S = 0.25
@@ -184,19 +193,36 @@ class AsyncEngine:
         self.engine.check(request)
         stream = AnswerStream(self, request, self._max_unread_characters)
         with self._wake:
-            if self._death is not None:
-                raise self._death
-            if self._is_draining or self._stopping:
-                raise ShuttingDown("the engine is shutting down and takes on no new requests")
             if request.request_id in self._streams:
                 raise UsageError(f"request {request.request_id} is unfinished; every request needs an id of its own")
-            if not self.engine.has_place(sum(r.params.n for r in self._to_add) + request.params.n):
-                self.n_rejected += 1
-                raise QueueFull("too many requests wait already; try again later")
+            self.require_place(request.params.n)
             self._streams[request.request_id] = stream
             self._to_add.append(request)
             self._wake.notify_all()
         return stream
+
+    def require_place(self, n_answers: int) -> None:
+        """Check that so many more answers would be taken on now: before anything is done for a request.
+
+        Raises:
+            InvalidRequest: So many never have a place here.
+            QueueFull, ShuttingDown, EngineDead: See `submit`.
+        """
+        config = self.engine.config
+        if n_answers > config.max_queued + config.max_num_seqs:
+            raise InvalidRequest(
+                f"{n_answers} answers were asked for at once; at most {config.max_queued + config.max_num_seqs} can "
+                "run and wait",
+                "n",
+            )
+        with self._wake:
+            if self._death is not None:
+                raise self._death
+            if self._is_draining or self._stopping:
+                raise ShuttingDown("the engine is shutting down and takes on no new requests")
+            if not self.engine.has_place(sum(r.params.n for r in self._to_add) + n_answers):
+                self.n_rejected += 1
+                raise QueueFull("too many requests wait already; try again later")
 
     def abort(self, request_id: str) -> None:
         """End a request soon. Unknown ids are fine. May be called from any thread."""
@@ -232,7 +258,7 @@ class AsyncEngine:
         return not self._streams
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Abort what is unfinished, end the thread and close the engine. Idempotent.
+        """Abort what is unfinished, end the thread and close the engine, a dead one too. Idempotent.
 
         Returns:
             False: the thread is inside a step that does not end; nothing was closed.
@@ -270,23 +296,26 @@ class AsyncEngine:
         with self._wake:
             if not (self._stopping or self._to_add or self._to_abort or self.engine.has_work):
                 self._wake.wait(HEARTBEAT_S)
-            adding, aborting = list(self._to_add), list(self._to_abort)
-            self._to_add.clear()
+            # Under the lock, so that `require_place` counts every request once: here or there.
+            while self._to_add:
+                self._add(self._to_add.popleft())
+            aborting = list(self._to_abort)
             self._to_abort.clear()
             stopping = self._stopping
-        for request in adding:
-            try:
-                self.engine.add(request)
-            except RequestError as error:
-                self._hand_out(
-                    SequenceUpdate(request.request_id, i, finish_reason=FinishReason.ERROR, error=error)
-                    for i in range(request.params.n)
-                )
         for request_id in aborting:
             self._hand_out(self.engine.abort(request_id))
             with self._wake:
                 self._streams.pop(request_id, None)
         return not stopping
+
+    def _add(self, request: Request) -> None:
+        try:
+            self.engine.add(request)
+        except RequestError as error:
+            self._hand_out(
+                SequenceUpdate(request.request_id, i, finish_reason=FinishReason.ERROR, error=error)
+                for i in range(request.params.n)
+            )
 
     def _hand_out(self, updates: Iterable[SequenceUpdate]) -> None:
         """Give updates to the loops that read them, one call a loop."""

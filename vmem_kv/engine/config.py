@@ -8,6 +8,7 @@ from vmem_kv.config import CacheConfig
 from vmem_kv.errors import ConfigError
 
 ROUTES = ("auto", "packed", "rows")
+PREFIX_POLICIES = ("lru", "cost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,15 @@ class EngineConfig:
         kernel: The attention kernel of the packed route, by name, or "auto".
         pack_weights: On a CPU, compute with a rearranged copy of the weights: much faster, for as much memory again
             (less where the first copy is mapped from a file).
+        prefix_caching: Begin a sequence with what others of its domain have computed of its tokens. Models that keep
+            more than K and V of all tokens compute everything anyway.
+        prefix_policy: Which cached prefix goes first when room is needed: "lru", the least recently used, or "cost",
+            the one of which the least work for each page is expected to be saved.
+        prefix_share: The part of the memory budget, from 0 to 1, that cached prefixes may hold which nobody uses. They
+            give way to live requests in any case.
+        prefix_slots: How many of them are kept, beyond the slots that are free anyway; default: three for each running
+            sequence. They cost addresses, not memory.
+        prefix_min_tokens: Shorter prefixes are computed: that costs less than looking after them.
         cache: How memory is used: budget, page size, layout. `max_tokens` is ours (`max_model_len`).
 
     Raises:
@@ -40,17 +50,37 @@ class EngineConfig:
     route: str = "auto"
     kernel: str = "auto"
     pack_weights: bool = True
+    prefix_caching: bool = True
+    prefix_policy: str = "lru"
+    prefix_share: float = 1.0
+    prefix_slots: int | None = None
+    prefix_min_tokens: int = 16
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_model_len", "max_batch_tokens", "max_queued", "max_n"):
+        for name in (
+            "max_num_seqs",
+            "max_model_len",
+            "max_batch_tokens",
+            "max_queued",
+            "max_n",
+            "prefix_min_tokens",
+        ):
             value = getattr(self, name)
             if value is None and name == "max_model_len":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive number")
-        if isinstance(self.premap_tokens, bool) or not isinstance(self.premap_tokens, int) or self.premap_tokens < 0:
-            raise ConfigError(f"premap_tokens is {self.premap_tokens!r}; it must be 0 or more")
+        for name in ("premap_tokens", "prefix_slots"):
+            value = getattr(self, name)
+            if value is None and name == "prefix_slots":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} is {value!r}; it must be 0 or more")
+        if self.prefix_policy not in PREFIX_POLICIES:
+            raise ConfigError(f"prefix_policy is {self.prefix_policy!r}; choose one of {', '.join(PREFIX_POLICIES)}")
+        if not 0 <= self.prefix_share <= 1:
+            raise ConfigError(f"prefix_share is {self.prefix_share!r}; it must be from 0 to 1")
         if self.route not in ROUTES:
             raise ConfigError(f"route is {self.route!r}; choose one of {', '.join(ROUTES)}")
         if self.cache.max_tokens is not None:
@@ -60,3 +90,10 @@ class EngineConfig:
                 f"max_batch_tokens is {self.max_batch_tokens}, below max_num_seqs {self.max_num_seqs}; "
                 "every running sequence must be able to compute a token in each step"
             )
+
+    @property
+    def n_prefix_slots(self) -> int:
+        """Slots beside those of running sequences."""
+        if not self.prefix_caching:
+            return 0
+        return 3 * self.max_num_seqs if self.prefix_slots is None else self.prefix_slots

@@ -19,6 +19,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,13 @@ from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.packed import PackedRoute
 from vmem_kv.engine.packed_weights import is_available, pack
+from vmem_kv.engine.prefixes import POLICIES, PrefixSlots
 from vmem_kv.engine.request import FinishReason, Request, Sequence, SequenceUpdate
 from vmem_kv.engine.route import Route
 from vmem_kv.engine.rows_route import RowsRoute
 from vmem_kv.engine.sampler import Sampled, Sampler
 from vmem_kv.engine.scheduler import Chunk, Scheduler, StepPlan
+from vmem_kv.engine.slot_source import FreshSlots, SlotSource
 from vmem_kv.errors import (
     CapacityError,
     ConfigError,
@@ -47,9 +50,14 @@ from vmem_kv.errors import (
     RequestTooLong,
     UsageError,
 )
+from vmem_kv.growth import SlotId
+from vmem_kv.prefix.entry import PrefixStats
 from vmem_kv.stats import CacheStats, SlotStats
+from vmem_kv.units import count
 
 DEFAULT_MODEL_LEN = 32_768
+LEAST_TOKENS = 2
+"""Of a sequence that is worth a budget: a prompt of one, and an answer of one."""
 _LOG = logging.getLogger("vmem_kv")
 
 
@@ -66,11 +74,13 @@ class EngineStats:
         n_requests: Requests taken on.
         n_finished: Answers that ended, by reason.
         n_preempted: Times that a sequence lost its slot.
-        n_recomputed_tokens: Tokens whose K and V were given up that way.
+        n_recomputed_tokens: Tokens that were computed again for that reason.
         max_model_len: The most tokens of a sequence.
         token_bytes: Bytes that a token takes over all layers.
         page_bytes: Bytes of a page.
         slots: Every slot, in the order of their addresses.
+        cached_slots: Of the active ones, those of nobody who runs, kept for what they hold; by their number.
+        prefixes: What is cached and was found; None where nothing is cached.
         cache: Pages by state.
         is_mapper_alive: Whether memory is mapped ahead in the background; None where nobody asked for that.
         last_step_s: When the last step ended, on `time.monotonic`'s clock.
@@ -89,9 +99,28 @@ class EngineStats:
     token_bytes: int
     page_bytes: int
     slots: list[SlotStats]
+    cached_slots: frozenset[SlotId]
+    prefixes: PrefixStats | None
     cache: CacheStats
     is_mapper_alive: bool | None
     last_step_s: float
+
+    @property
+    def n_pages_by_state(self) -> dict[str, int]:
+        """Pages by state, those that only cached prefixes keep beside the live ones."""
+        states = ("live", "warm", "free", "pending", "in_flight", "elsewhere", "quarantined")
+        n_pages = {state: int(getattr(self.cache, f"n_{state}_pages")) for state in states}
+        # The two were counted one after the other.
+        n_cached = 0 if self.prefixes is None else min(self.prefixes.n_held_pages, n_pages["live"])
+        return {"live": n_pages.pop("live") - n_cached, "cached": n_cached, **n_pages}
+
+    @property
+    def hit_share(self) -> float | None:
+        """The part of the tokens of sequences that started which were cached; None where none were looked up."""
+        prefixes = self.prefixes
+        if prefixes is None or not prefixes.n_looked_up_tokens:
+            return None
+        return prefixes.n_hit_tokens / prefixes.n_looked_up_tokens
 
 
 class Engine:
@@ -104,7 +133,8 @@ class Engine:
         open_driver: Opens the driver for the model's device.
 
     Raises:
-        ConfigError: The model or the machine does not allow it; the message says why. Nothing was left behind.
+        ConfigError: The model or the machine does not allow it, or the memory budget holds no sequence at all; the
+            message says why. Nothing was left behind.
         OutOfAddressSpace: The slots are too long for this machine's addresses.
     """
 
@@ -127,8 +157,21 @@ class Engine:
             raise
         self.memory = self.route.memory
         self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
+        """The most tokens of a sequence that fit: in the model's length, and in the memory budget."""
+        if self.max_tokens_alone < LEAST_TOKENS:
+            least_bytes = self.memory.n_pages(LEAST_TOKENS) * self.memory.pool.page_bytes
+            has_bytes = self.memory.pool.max_pages * self.memory.pool.page_bytes
+            self.route.close()
+            self._unpack()
+            raise ConfigError(
+                f"max_bytes is {config.cache.max_bytes or has_bytes}, which holds no sequence of {LEAST_TOKENS} "
+                f"tokens; set it to {least_bytes} or more"
+            )
         self._end_token_ids = _end_token_ids(model)
-        self._scheduler = Scheduler(self.memory, config.max_num_seqs, config.max_batch_tokens, self.route.drop)
+        self.slots = _open_slots(self.route, config)
+        self._scheduler = Scheduler(
+            self.memory, self.slots, config.max_num_seqs, config.max_batch_tokens, self.route.drop
+        )
         self._sampler = Sampler(self._end_token_ids)
         self._answers: dict[Sequence, Answer] = {}
         self._requests: dict[str, list[Sequence]] = {}
@@ -153,52 +196,52 @@ class Engine:
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-        if len(prompt) >= self.max_model_len:
+        n_prompt, n_fit = len(prompt), self.max_tokens_alone
+        if n_prompt >= n_fit:
             raise RequestTooLong(
-                f"the prompt has {len(prompt)} tokens; with one more for an answer, at most {self.max_model_len} fit",
+                f"{self._what_fits()}; the prompt has {count(n_prompt, 'token')}, and an answer needs one more",
                 "prompt",
             )
         self._check_token_ids(prompt, "prompt")
         self._check_token_ids(params.stop_token_ids, "stop_token_ids")
         self._check_token_ids(params.logit_bias, "logit_bias")
-        if params.n > self.config.max_n:
-            raise InvalidRequest(f"n is {params.n}; at most {self.config.max_n} answers are given", "n")
+        max_n = min(self.config.max_n, self.config.max_queued + self.config.max_num_seqs)
+        if params.n > max_n:
+            raise InvalidRequest(f"n is {params.n}; at most {count(max_n, 'answer')} can be given", "n")
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop texts need a tokenizer, and this engine has none", "stop")
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_model_len:
+        if params.max_tokens is not None and n_prompt + params.max_tokens > n_fit:
             raise RequestTooLong(
-                f"{len(prompt)} tokens of prompt and max_tokens {params.max_tokens} are together more than the "
-                f"{self.max_model_len} that fit",
+                f"{self._what_fits()}; the prompt has {count(n_prompt, 'token')}, and max_tokens asks for "
+                f"{params.max_tokens} more",
                 "max_tokens",
             )
-        max_length = self._max_length(request)
-        if max_length <= len(prompt) or max_length > self.max_tokens_alone:
-            raise RequestTooLong(
-                f"{len(prompt)} tokens of prompt and {params.max_tokens or 'at least one'} more do not fit in the "
-                f"memory budget, which holds {self.max_tokens_alone} tokens of one sequence",
-                "prompt" if len(prompt) >= self.max_tokens_alone else "max_tokens",
-            )
-        if params.min_tokens > max_length - len(prompt):
+        n_left = self._max_length(request) - n_prompt
+        if params.min_tokens > n_left:
             raise InvalidRequest(
-                f"min_tokens is {params.min_tokens}, but at most {max_length - len(prompt)} fit", "min_tokens"
+                f"min_tokens is {params.min_tokens}; the answer can have at most {count(n_left, 'token')}", "min_tokens"
             )
 
     def add(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            InvalidRequest, RequestTooLong: See `check`. Nothing was queued.
-            QueueFull: Too many requests wait. Nothing was queued.
-            UsageError: A request of that id is unfinished. Nothing was queued.
+            InvalidRequest, RequestTooLong: See `check`; or the tokenizer cannot read the prompt.
+            QueueFull: Too many requests wait.
+            UsageError: A request of that id is unfinished.
+            Nothing was queued after any of these.
         """
         self.check(request)
         if request.request_id in self._requests:
             raise UsageError(f"request {request.request_id} is unfinished; every request needs an id of its own")
         if not self.has_place(request.params.n):
-            raise QueueFull(f"{self._scheduler.n_waiting} answers wait already; try again later")
+            raise QueueFull(f"too many answers wait already ({self._scheduler.n_waiting}); try again later")
         max_length = self._max_length(request)
         sequences = [Sequence(request, i, self._n_arrived, max_length) for i in range(request.params.n)]
-        answers = {s: Answer(s, self.tokenizer, self._end_token_ids) for s in sequences}
+        try:
+            answers = {s: Answer(s, self.tokenizer, self._end_token_ids) for s in sequences}
+        except Exception as error:  # whatever a tokenizer raises: it reads the prompt's end
+            raise InvalidRequest(f"the tokenizer cannot read the prompt ({type(error).__name__})", "prompt") from error
         self._n_arrived += 1
         self._answers |= answers
         self._requests[request.request_id] = sequences
@@ -206,9 +249,11 @@ class Engine:
             self._scheduler.add(sequence)
 
     def has_place(self, n_answers: int) -> bool:
-        """Whether so many more answers can be queued. What free slots will take at once does not count as waiting."""
-        n_free = max(0, self.config.max_num_seqs - self._scheduler.n_running)
-        return self._scheduler.n_waiting + n_answers <= self.config.max_queued + n_free
+        """Whether so many more answers can be queued. What free slots will take does not count as waiting.
+
+        May be called from any thread: a step changes nothing about it but that there is more room.
+        """
+        return len(self._answers) + n_answers <= self.config.max_queued + self.config.max_num_seqs
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether any answer of a request is still to come."""
@@ -253,17 +298,24 @@ class Engine:
             token_bytes=memory.cache.layout.token_bytes,
             page_bytes=memory.cache.layout.page_bytes,
             slots=memory.cache.slot_stats(),
+            cached_slots=self.slots.cached_slots(),
+            prefixes=self.slots.stats(),
             cache=memory.cache.stats(),
             is_mapper_alive=None if memory.premapper is None else memory.premapper.is_alive,
             last_step_s=self._last_step_s,
         )
 
     def close(self) -> None:
-        """End what is unfinished, leave the model as it was found, give the memory back. Idempotent."""
-        for request_id in list(self._requests):
-            self.abort(request_id)
-        self.route.close()
-        self._unpack()
+        """End what is unfinished, leave the model as it was found, give the memory back. Idempotent.
+
+        Raises:
+            DriverError: The device is lost. All of it was done all the same.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._unpack)
+            stack.callback(self.route.close)
+            for request_id in list(self._requests):
+                self.abort(request_id)
 
     def _schedule(self, updates: list[SequenceUpdate]) -> StepPlan:
         """Choose what to compute, and map its pages."""
@@ -278,7 +330,7 @@ class Engine:
                 self.memory.grow(plan.lengths)
                 return plan
             except CapacityError as error:
-                if not self._scheduler.relieve():
+                if not self._scheduler.relieve(plan):
                     self._fail([chunk.sequence for chunk in plan.chunks], error, updates)
             except DriverError as error:
                 if error.is_fatal:
@@ -368,6 +420,7 @@ class Engine:
         except Exception as error:  # whatever a tokenizer raises
             self._fail([sequence], error, updates)
             return
+        update.n_cached_tokens = sequence.n_cached
         updates.append(update)
         if update.finish_reason is not None:
             self._end([sequence], update.finish_reason)
@@ -386,7 +439,7 @@ class Engine:
 
     def _end(self, sequences: list[Sequence], reason: FinishReason) -> None:
         """Free what ended sequences held."""
-        self._scheduler.remove(sequences)
+        self._scheduler.remove(sequences, is_sound=reason is not FinishReason.ERROR)
         self._n_finished[reason] += len(sequences)
         for sequence in sequences:
             del self._answers[sequence]
@@ -400,8 +453,14 @@ class Engine:
     def _max_length(self, request: Request) -> int:
         """The most tokens that a sequence of this request may come to; without max_tokens, what fits."""
         if request.params.max_tokens is None:
-            return min(self.max_model_len, self.max_tokens_alone)
+            return self.max_tokens_alone
         return len(request.prompt_token_ids) + request.params.max_tokens
+
+    def _what_fits(self) -> str:
+        """Say what bounds a sequence, as OpenAI's clients expect to read it."""
+        if self.max_tokens_alone < self.max_model_len:
+            return f"the memory budget holds at most {self.max_tokens_alone} tokens of one sequence"
+        return f"This model's maximum context length is {self.max_model_len} tokens"
 
     def _check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
         for token_id in token_ids:
@@ -424,6 +483,17 @@ def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, o
         return RowsRoute(model, config, max_tokens, open_driver)
     except ConfigError as error:
         raise ConfigError(f"{why_not_packed}{error}") from error
+
+
+def _open_slots(route: Route, config: EngineConfig) -> SlotSource:
+    if not (config.prefix_caching and route.can_share):
+        return FreshSlots(route.memory)
+    return PrefixSlots(
+        route.memory,
+        POLICIES[config.prefix_policy](),
+        max_pages=int(route.memory.pool.max_pages * config.prefix_share),
+        min_tokens=config.prefix_min_tokens,
+    )
 
 
 def _nothing() -> None:

@@ -56,6 +56,8 @@ class RequestOutput:
 
     prompt_token_ids: tuple[int, ...]
     answers: tuple[AnswerOutput, ...] = field(default=())
+    n_cached_tokens: int = 0
+    """Tokens of the prompt that were not computed for the first answer, because earlier ones had them."""
 
     @property
     def text(self) -> str:
@@ -231,4 +233,5 @@ def _output(request: Request, answers: dict[int, SequenceUpdate]) -> RequestOutp
             )
             for _, update in sorted(answers.items())
         ),
+        answers[0].n_cached_tokens if 0 in answers else 0,
     )

@@ -36,6 +36,7 @@ class SlotMemory:
         dtype: Of K and V.
         device: Where the model lies.
         n_slots: The most sequences that run together.
+        n_spare_slots: Slots beside them, for sequences that are kept and do not run. Fewer where addresses are short.
         max_tokens: The most tokens of a sequence.
         slack_tokens: Tokens behind a sequence's last one that the attention kernel may load.
         premap_tokens: How far to map ahead of need; 0 for not at all.
@@ -55,6 +56,7 @@ class SlotMemory:
         device: torch.device,
         *,
         n_slots: int,
+        n_spare_slots: int = 0,
         max_tokens: int,
         slack_tokens: int,
         premap_tokens: int,
@@ -83,14 +85,18 @@ class SlotMemory:
                     "raise it or set a smaller page_bytes"
                 )
             self.pool = PagePool(driver, self.choice.page_bytes, max_pages)
-            layout = Layout.build(
-                self.choice.kind,
-                layers,
-                n_slots=n_slots,
-                max_tokens=max_tokens + slack_tokens,
-                page_bytes=self.choice.page_bytes,
-            )
-            self.cache = KVCache(self.pool, layout)
+
+            def lay_out(n_all_slots: int) -> Layout:
+                return Layout.build(
+                    self.choice.kind,
+                    layers,
+                    n_slots=n_all_slots,
+                    max_tokens=max_tokens + slack_tokens,
+                    page_bytes=self.choice.page_bytes,
+                )
+
+            n_affordable = driver.info.max_reservation_bytes // lay_out(1).virtual_bytes
+            self.cache = KVCache(self.pool, lay_out(max(n_slots, min(n_slots + n_spare_slots, n_affordable))))
         except VmemError:
             driver.close()
             raise
@@ -151,6 +157,14 @@ class SlotMemory:
         except OutOfSlots:
             self._wait()
             return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
+
+    def fork(self, slot_id: SlotId, n_tokens: int) -> SlotId:
+        """Return a slot that begins with another one's first tokens; see `KVCache.fork`. Waits as `grow` does."""
+        try:
+            return self.cache.fork(slot_id, n_tokens)
+        except CapacityError:
+            self._wait()
+            return self.cache.fork(slot_id, n_tokens)
 
     def grow(self, lengths: Mapping[SlotId, int]) -> None:
         """Make room for these lengths; see `KVCache.ensure`.

@@ -29,8 +29,10 @@ class Request:
     Attributes:
         prompt_token_ids: At least one token.
         params: How to answer.
-        priority: Lower goes first; equal ones go by arrival.
-        domain: Whose request it is. Memory that changes its domain is scrubbed.
+        priority: Lower goes first; equal ones go by arrival. It decides who starts next and who loses its slot last,
+            where memory runs short; nobody's work is thrown away only because somebody more urgent waits for a slot.
+        domain: Whose request it is. Nothing that is cached is shared across domains, and memory that changes its domain
+            is scrubbed.
         request_id: Made by us, never by a client.
     """
 
@@ -76,6 +78,7 @@ class SequenceUpdate:
         logprobs: One entry a token, where they were asked for.
         finish_reason: None while the answer goes on.
         stop_reason: The stop text or stop token id that ended it, where one did.
+        n_cached_tokens: Tokens of the prompt that were not computed for this answer, because others had them.
         error: Why it ended, where `finish_reason` is ERROR.
     """
 
@@ -86,6 +89,7 @@ class SequenceUpdate:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    n_cached_tokens: int = 0
     error: RequestError | None = None
 
     @property
@@ -100,6 +104,7 @@ class SequenceUpdate:
         self.logprobs += later.logprobs
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
+        self.n_cached_tokens = max(self.n_cached_tokens, later.n_cached_tokens)
         self.error = later.error
 
 
@@ -121,6 +126,8 @@ class Sequence:
         token_ids: Prompt and answer.
         n_prompt: Tokens of the prompt.
         n_computed: Tokens whose K and V are in the slot; 0 without one.
+        n_cached: Tokens of the prompt that were in the slot when it started first.
+        n_lost: Tokens that it had computed when it was preempted, until it starts again.
         slot_id: Its memory while it runs.
         max_length: The most tokens that it may come to.
         rng: Its own random numbers: nothing that other sequences do changes them.
@@ -138,6 +145,8 @@ class Sequence:
         seed = request.params.seed
         self.rng = random.Random(None if seed is None else f"{seed}/{index}")
         self.n_preemptions = 0
+        self.n_cached = 0
+        self.n_lost = 0
 
     @property
     def params(self) -> SamplingParams:

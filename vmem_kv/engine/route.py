@@ -25,11 +25,14 @@ class Route(Protocol):
         name: "packed" or "rows".
         memory: The slots, laid out for the model.
         window_tokens: How many of a sequence's last tokens any layer may read; None: all.
+        can_share: Whether all that is kept of a sequence is in its slot, from its first token on: then others can begin
+            with it.
     """
 
     name: str
     memory: SlotMemory
     window_tokens: int | None
+    can_share: bool
 
     def prepare(self, plan: StepPlan) -> Any:
         """Build a step's inputs. The plan's pages are mapped."""

@@ -57,6 +57,7 @@ class RowsRoute:
         self._takes_positions = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         self._has_states = bool(STATE_TYPES & set(self._types))
+        self.can_share = not self._has_states
         layers, dtype = self._probe()
         self.memory = SlotMemory(
             config.cache,
@@ -64,6 +65,7 @@ class RowsRoute:
             dtype,
             self._device,
             n_slots=config.max_num_seqs,
+            n_spare_slots=config.n_prefix_slots if self.can_share else 0,
             max_tokens=max_tokens,
             slack_tokens=0,
             premap_tokens=config.premap_tokens,

@@ -2,12 +2,15 @@
 
     waiting ──admit──▶ running ──finish──▶ gone
        ▲                  │
-       └────preempt───────┘        its slot goes back; its tokens are computed again later
+       └────preempt───────┘        its slot goes back; what is not cached then is computed again later
 
 Guarantees
   * Every decision about room is made in pages, before anything is mapped.
   * Order is priority, then arrival. Decoding sequences go first in a step; what is left of the token budget goes to
     prompts, in that order.
+  * Who waits takes nobody's slot, however urgent: it starts when the next one ends. Slots are lost for want of pages
+    only, by the last of the order first.
+  * What is only cached makes room before anybody loses a slot (slot_source.py).
   * Progress: the first of the running sequences is never preempted, and a sequence that could not run with all memory
     for itself is not accepted (engine.py). So the first one always computes, ends, and makes the next one first.
 
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 from vmem_kv.engine.memory import SlotMemory
 from vmem_kv.engine.request import Rank, Sequence
+from vmem_kv.engine.slot_source import SlotSource
 from vmem_kv.errors import DriverError
 from vmem_kv.growth import SlotId
 
@@ -74,7 +78,7 @@ class Counts:
     n_admitted: int = 0
     n_preempted: int = 0
     n_recomputed_tokens: int = 0
-    """Tokens whose K and V were given up in preemptions."""
+    """Tokens that were computed again after a preemption."""
 
 
 @dataclass(slots=True)
@@ -99,16 +103,23 @@ class Scheduler:
 
     Args:
         memory: Where the slots are.
+        slots: Where a sequence gets its slot from.
         max_num_seqs: The most sequences that run together.
         max_batch_tokens: The most tokens of a step.
         forget: Told of every preempted sequence: whatever else is kept of it beside its slot is void.
     """
 
     def __init__(
-        self, memory: SlotMemory, max_num_seqs: int, max_batch_tokens: int, forget: Callable[[Sequence], None]
+        self,
+        memory: SlotMemory,
+        slots: SlotSource,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        forget: Callable[[Sequence], None],
     ) -> None:
         self._forget = forget
         self._memory = memory
+        self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._waiting = _Waiting()
@@ -140,15 +151,20 @@ class Scheduler:
         """Queue a sequence."""
         self._waiting.push(sequence)
 
-    def remove(self, sequences: list[Sequence]) -> None:
-        """End sequences, wherever they are. Their slots go back at once."""
-        slot_ids = [s.slot_id for s in sequences if s.slot_id is not None]
-        for sequence in sequences:
-            self._waiting.members.discard(sequence)
-            self._running.pop(sequence.rank, None)
-            sequence.slot_id = None
-        if slot_ids:
-            self._memory.retire(slot_ids)
+    def remove(self, sequences: list[Sequence], *, is_sound: bool = True) -> None:
+        """End sequences, wherever they are. Their slots go back at once.
+
+        Args:
+            sequences: Which.
+            is_sound: Whether others may use what they computed.
+        """
+        try:
+            self._slots.end([s for s in sequences if s.slot_id is not None], is_sound=is_sound)
+        finally:
+            for sequence in sequences:
+                self._waiting.members.discard(sequence)
+                self._running.pop(sequence.rank, None)
+                sequence.slot_id = None
 
     def schedule(self, *, may_admit: bool = True) -> StepPlan:
         """Choose the next step's tokens, so that their pages can be mapped.
@@ -159,6 +175,7 @@ class Scheduler:
         Raises:
             DriverError: The device is lost.
         """
+        self._slots.settle()
         running = self.running()
         plan, n_left = self._share_out(running)
         was_preempted = False
@@ -168,27 +185,33 @@ class Scheduler:
             plan, n_left = self._share_out(running)
         if was_preempted or not may_admit:
             return plan
-        return StepPlan((*plan.chunks, *self._admit(running, n_left)))
+        admitted = self._admit(running, n_left)
+        if admitted:
+            plan = StepPlan((*plan.chunks, *admitted))
+            self._has_room(plan)
+        return plan
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's slot; it waits, at its old rank, to be computed again."""
         assert sequence.slot_id is not None
         self.counts.n_preempted += 1
-        self.counts.n_recomputed_tokens += sequence.n_computed
         sequence.n_preemptions += 1
-        sequence.n_computed = 0
+        sequence.n_lost = sequence.n_computed
         self.remove([sequence])
+        sequence.n_computed = 0
         self._forget(sequence)
         self._waiting.push(sequence)
 
-    def relieve(self) -> bool:
+    def relieve(self, plan: StepPlan) -> bool:
         """Make room for a plan that turned out not to fit (of mappings nobody can say beforehand).
 
         Schedule without admitting then, or the same sequence could start again and again.
 
         Returns:
-            Whether there was anybody to preempt beside the first.
+            Whether there was anything cached to give up, or anybody to preempt beside the first.
         """
+        if self._slots.give_way(max(1, self._memory.n_missing_pages(plan.lengths))):
+            return True
         running = self.running()
         if len(running) < 2:
             return False
@@ -197,18 +220,23 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, n_promised: int) -> None:
         """Give a slot to a sequence that fits beside `n_promised` pages."""
-        memory = self._memory
-        length, domain = sequence.max_length, sequence.request.domain
+        memory, slots = self._memory, self._slots
+        expected = _comfortable_length(sequence)
         following = self._waiting.first()
         n_wanted = 0 if following is None else memory.n_pages(_comfortable_length(following))
-        sequence.slot_id = memory.acquire(length, domain)
-        n_left = memory.n_available_pages() - n_promised - memory.n_missing_pages(_comfortable(sequence))
-        n_excess = memory.n_mapped_pages(sequence.slot_id) - memory.n_pages(_comfortable_length(sequence))
-        if n_left < n_wanted and n_excess > 0:
+        start = slots.begin(sequence, expected)
+        sequence.slot_id, sequence.n_computed = start
+        n_left = slots.n_available_pages() - n_promised - memory.n_missing_pages(_comfortable(sequence))
+        n_excess = memory.n_mapped_pages(start.slot_id) - memory.n_pages(expected)
+        if n_left < n_wanted and n_excess > 0 and not start.n_tokens:
             # A warm slot with more pages than its new owner needs, which others do need: take a cold one instead.
-            memory.retire([sequence.slot_id])
+            slots.end([sequence])
+            sequence.slot_id = None
             memory.reclaim()
-            sequence.slot_id = memory.acquire(length, domain)
+            sequence.slot_id, sequence.n_computed = slots.begin(sequence, expected)
+        if not sequence.n_preemptions:
+            sequence.n_cached = min(sequence.n_computed, sequence.n_prompt)
+        self.counts.n_recomputed_tokens += max(0, sequence.n_lost - sequence.n_computed)
         self._running[sequence.rank] = sequence
         self.counts.n_admitted += 1
 
@@ -225,22 +253,32 @@ class Scheduler:
         return StepPlan(tuple(chunks)), n_left
 
     def _has_room(self, plan: StepPlan) -> bool:
+        """Whether a plan's pages can be had. What is only cached is given up for them."""
         n_missing = self._memory.n_missing_pages(plan.lengths)
-        return not n_missing or n_missing <= self._memory.n_available_pages()
+        return not n_missing or self._slots.make_room(n_missing)
 
     def _admit(self, running: list[Sequence], n_left: int) -> list[Chunk]:
-        """Start waiting sequences, in order, as long as the first of them fits."""
+        """Start waiting sequences, in order, as long as the first of them fits.
+
+        Those pass that will soon begin with what a running one computes: it would be computed twice.
+        """
         chunks: list[Chunk] = []
         if n_left <= 0 or len(running) >= self._max_num_seqs or self._waiting.first() is None:
             return chunks
         memory = self._memory
         n_promised = memory.n_missing_pages(_comfortable(*running))
-        while n_left > 0 and len(self._running) < self._max_num_seqs:
+        passing: list[Sequence] = []
+        while n_left > 0 and len(self._running) < self._max_num_seqs and len(passing) < self._max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None:
                 break
-            n_pages = memory.n_pages(_comfortable_length(sequence))
-            if self._running and n_promised + n_pages > memory.n_available_pages():
+            if self._slots.is_coming(sequence):
+                self._waiting.members.discard(sequence)
+                passing.append(sequence)
+                continue
+            expected = _comfortable_length(sequence)
+            n_pages = memory.n_pages(expected) - self._slots.n_live_pages(sequence, expected)
+            if self._running and n_promised + n_pages > self._slots.n_available_pages():
                 break
             self._waiting.members.discard(sequence)
             try:
@@ -253,6 +291,8 @@ class Scheduler:
             n_promised += memory.n_missing_pages(_comfortable(sequence))
             chunks.append(_chunk(sequence, min(sequence.n_to_compute, n_left)))
             n_left -= chunks[-1].n_tokens
+        for sequence in passing:
+            self._waiting.push(sequence)
         return chunks
 
 

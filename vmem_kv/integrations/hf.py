@@ -11,7 +11,10 @@ Guarantees: tokens are those of `DynamicCache`. What attention receives are view
 as a batch lives, token i stays at its address. After a CapacityError or UsageError all layers are as before the
 forward pass, so that the call can be repeated with less. Two things are beyond our reach then: recurrent state in
 hybrid layers, and the flags of an `EncoderDecoderCache`, which say that the encoder's side is computed. Call `reset()`
-on those before going on.
+on those before going on. A change of rows (beam search, copies) or a crop that fails leaves all rows as they were.
+
+Copies (`fork`, `copy.deepcopy`, `batch_repeat_interleave`, `reorder_cache`) share the pages that are full of the same
+tokens, and copy what is left, less than a page of each layer's K and V (or of each of their heads).
 
 A view (`cache.layers[i].keys`) is good until the next forward pass, crop, reset or trim: clone what is to last.
 
@@ -23,8 +26,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -45,10 +48,11 @@ from transformers.cache_utils import (
 
 from vmem_kv.config import CacheConfig
 from vmem_kv.devices import OpenDriver, open_driver
-from vmem_kv.errors import ConfigError, UsageError, VmemError
+from vmem_kv.errors import ConfigError, OutOfSlots, UsageError, VmemError
 from vmem_kv.integrations.hf_attention import register
 from vmem_kv.layout import LayerSpec, TensorSpec
 from vmem_kv.rows import DEFAULT_MAX_TOKENS, LayerRows, RowStore, close_rows
+from vmem_kv.rows import Change as RowsChange
 from vmem_kv.stats import CacheStats
 
 register()
@@ -100,16 +104,25 @@ class VmemLayerMixin(DynamicLayer):
             return
         key_states, value_states = args
         n_rows = key_states.shape[0]
-        if self._rows is None or self._rows.max_rows < n_rows or not _fits(self._rows, key_states, value_states):
+        if not self._start(n_rows, key_states, value_states):
             self._rows = None
             self._rows = self._store.open_rows(
                 _spec(key_states, value_states), key_states.dtype, n_rows, key_states.device
             )
-        else:
-            self._rows.start(n_rows)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         self._refresh()
+
+    def _start(self, n_rows: int, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Begin a batch where the last one was, if there is room for such a one."""
+        rows = self._rows
+        if rows is None or rows.max_rows < n_rows or not _fits(rows, key_states, value_states):
+            return False
+        try:
+            rows.start(n_rows)
+        except OutOfSlots:  # copies of earlier batches have them
+            return False
+        return True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -147,43 +160,96 @@ class VmemLayerMixin(DynamicLayer):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(int(tokens_to_remove))  # assisted decoding passes a tensor
+        n_removed = int(tokens_to_remove)  # assisted decoding passes a tensor
+        _all_or_none([partial(self.begin_crop, n_removed)])
+        try:
+            self._crop(n_removed)
+        except BaseException:
+            self.look_again()
+            raise
+
+    def _crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
         if self._rows is not None and self.is_initialized:
-            self._rows.truncate(self._rows.first_token + self.keys.shape[-2])
+            self._rows.truncate(self._cropped_length())
             self._refresh()
+
+    def begin_crop(self, tokens_to_remove: int) -> Change:
+        """Do of a crop what can fail for lack of memory: have pages of one's own where shared ones are cut.
+
+        Raises:
+            CapacityError: No room for them. Nothing changed.
+        """
+        rows = self._rows
+        if rows is None or not self.is_initialized or not rows.n_shared_tokens():
+            return Change()
+        n_tokens = self._length_after(tokens_to_remove)
+        if n_tokens >= rows.n_shared_tokens():
+            return Change()
+        truncation = rows.begin_truncate(n_tokens)
+        return Change(truncation.commit, truncation.undo)
+
+    def _length_after(self, tokens_to_remove: int) -> int:
+        """What a crop would leave. Only the stock class knows: let it slice the views, look, and forget that it did."""
+        before = self.__dict__.copy()
+        try:
+            self._slice(tokens_to_remove)
+            return self._cropped_length()
+        finally:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+
+    def _slice(self, tokens_to_remove: int) -> None:
+        """Let the stock class crop the views, and nothing else."""
+        DynamicLayer.crop(self, tokens_to_remove)
+
+    def _cropped_length(self) -> int:
+        """The length that the cropped views mean."""
+        assert self._rows is not None
+        return self._rows.first_token + int(self.keys.shape[-2])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    def reorder_state(self, beam_idx: torch.Tensor) -> None:
+        """Reorder what a layer keeps beside its K and V."""
+
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change_rows(self.prepare(_repeated(repeats)))
+        _all_or_none([partial(self.begin_change, _repeated(repeats))])
 
     def batch_select_indices(self, indices: Any) -> None:
-        self._change_rows(self.prepare(_selected(indices)))
+        _all_or_none([partial(self.begin_change, _selected(indices))])
 
-    def prepare(self, rows_of: Callable[[int], torch.Tensor]) -> Change:
-        """Do of a change of rows what can fail: map memory for more rows than there are.
+    def begin_change(self, rows_of: Callable[[int], torch.Tensor]) -> Change:
+        """Do of a change of rows what can fail: exchange the pages that rows share, and map memory for more rows.
 
         Args:
             rows_of: Told how many rows there are; returns, for every row that there shall be, which one it copies.
 
         Raises:
-            CapacityError: No room for more rows. Nothing changed.
+            CapacityError: No room for them. Nothing changed.
         """
         if self._rows is None or not self.is_initialized:
-            return Change(None, None)
+            return Change()
         indices = rows_of(self._rows.n_rows)
-        return Change(indices, self._rows.copy(indices) if indices.numel() > self._rows.n_rows else None)
+        if indices.numel() > self._rows.n_rows:
+            wider = self._rows.copy(indices)
+            return Change(partial(self._use, wider), wider.close)
+        selection = self._rows.begin_select(indices)
+        return Change(partial(self._end_selection, selection), selection.undo)
 
-    def _change_rows(self, change: Change) -> None:
-        """Do the rest of a prepared change."""
-        if self._rows is None or change.indices is None:
-            return
-        if change.wider is not None:
-            self._rows = change.wider
-        else:
-            self._rows.select(change.indices)
+    def _use(self, rows: LayerRows) -> None:
+        assert self._rows is not None
+        old, self._rows = self._rows, rows
         self._refresh()
+        with suppress(UsageError):  # somebody looks at them: then they go with the last view
+            old.close()
+
+    def _end_selection(self, selection: RowsChange) -> None:
+        try:
+            selection.commit()
+        finally:
+            self._refresh()
 
     def roll_back(self, n_tokens: int | None) -> None:
         """Forget the tokens from `n_tokens` on; with None, begin anew with the next update."""
@@ -231,11 +297,31 @@ class VmemLayerMixin(DynamicLayer):
         self.keys, self.values = self._rows.views()
 
 
-class Change(NamedTuple):
-    """A change of rows, ready to be done: nothing of it can fail any more."""
+def _nothing() -> None:
+    """What is to be done where nothing changes."""
 
-    indices: torch.Tensor | None  # which row each row copies; None: the layer is empty
-    wider: LayerRows | None  # the changed rows, where there are more than before
+
+class Change(NamedTuple):
+    """A change of one layer of which the part that can fail is done. Exactly one of the two ends it."""
+
+    commit: Callable[[], None] = _nothing
+    undo: Callable[[], None] = _nothing
+
+
+def _all_or_none(beginnings: Iterable[Callable[[], Change]]) -> None:
+    """Change all layers or, where one cannot, none of them."""
+    changes: list[Change] = []
+    try:
+        for begin in beginnings:
+            changes.append(begin())  # noqa: PERF401 - what was begun must be known on failure
+    except BaseException:
+        for change in reversed(changes):
+            with suppress(VmemError):  # rows that cannot be put back refuse to grow; the first error is the one to tell
+                change.undo()
+        raise
+    with ExitStack() as stack:  # every one of them, whatever another says
+        for change in changes:
+            stack.callback(change.commit)
 
 
 def _repeated(repeats: int) -> Callable[[int], torch.Tensor]:
@@ -269,7 +355,6 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
             # What fell out of the window goes back now, a pass late: if this one fails, nothing is missing.
             rows.slide(visible_from)
         rows.append(key_states, value_states)
-        self.cumulative_length = rows.n_tokens
         self._refresh()
         return rows.views(visible_from)
 
@@ -282,13 +367,19 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
     def get_seq_length(self) -> int:
         return int(self.cumulative_length)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        DynamicSlidingWindowLayer.crop(self, int(tokens_to_remove))
+    def _crop(self, tokens_to_remove: int) -> None:
+        self._slice(tokens_to_remove)
         rows = self._rows
         if rows is not None and self.is_initialized:
-            rows.truncate(self.cumulative_length)
-            rows.slide(self.cumulative_length - self.keys.shape[-2])
+            rows.truncate(self._cropped_length())
+            rows.slide(rows.n_tokens - self.keys.shape[-2])
             self._refresh()
+
+    def _slice(self, tokens_to_remove: int) -> None:
+        DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
+
+    def _cropped_length(self) -> int:
+        return self.get_seq_length()
 
     def roll_back(self, n_tokens: int | None) -> None:
         super().roll_back(n_tokens)
@@ -301,6 +392,7 @@ class VmemSlidingLayer(VmemLayerMixin, DynamicSlidingWindowLayer):
     def _refresh(self) -> None:
         rows = self._rows
         assert rows is not None
+        self.cumulative_length = rows.n_tokens
         first = rows.first_token if self.record_past else max(rows.n_tokens - self.sliding_window + 1, rows.first_token)
         self.keys, self.values = rows.views(first)
 
@@ -309,20 +401,26 @@ class VmemHybridLayer(VmemLayerMixin, LinearAttentionAndFullAttentionLayer):
     """Full attention beside recurrent state in one layer; the state stays with the stock class."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.reorder_state(beam_idx)
+
+    def reorder_state(self, beam_idx: torch.Tensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
-        self.batch_select_indices(beam_idx)
 
 
 class VmemHybridSlidingLayer(VmemSlidingLayer, LinearAttentionAndSlidingWindowAttentionLayer):
     """Windowed attention beside recurrent state in one layer; the state stays with the stock class."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        self.batch_select_indices(beam_idx)
+        super().reorder_cache(beam_idx)
+        self.reorder_state(beam_idx)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def reorder_state(self, beam_idx: torch.Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def _crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
-        super().crop(tokens_to_remove)
+        super()._crop(tokens_to_remove)
 
 
 _LAYERS: dict[str, type[VmemLayerMixin]] = {
@@ -406,17 +504,38 @@ class VmemCache(DynamicCache):
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens, by the rules of the stock cache."""
+        """Drop the last `-tokens_to_remove` tokens, by the rules of the stock cache.
+
+        Raises:
+            CapacityError: They are shared with a copy, and there is no room for pages of one's own at the new end.
+                Nothing changed.
+        """
         self._require_open()
-        super().crop(tokens_to_remove)
+        n_removed = int(tokens_to_remove)
+        layers = self._our_layers()
+        _all_or_none([partial(layer.begin_crop, n_removed) for layer in layers])
+        try:
+            super().crop(n_removed)
+        except BaseException:
+            for layer in layers:
+                layer.look_again()  # where a layer refused before the turn of these
+            raise
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row i what row `beam_idx[i]` is now; only rows that change are copied."""
-        self._require_open()
-        super().reorder_cache(beam_idx)
+        """Make row i what row `beam_idx[i]` is now.
+
+        Pages full of tokens are exchanged, where they differ; what is left of the tokens is copied.
+
+        Raises:
+            OutOfMappings: Pages could not be exchanged. Nothing changed.
+            DriverError: Likewise. Where a layer could not be put back, its rows refuse to grow: reset it, or drop it.
+        """
+        self._change_rows(_selected(beam_idx), "reorder_cache", beam_idx)
+        for layer in self._our_layers():
+            layer.reorder_state(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Put `repeats` copies of every row in its place.
+        """Put `repeats` copies of every row in its place, which share their full pages.
 
         Raises:
             CapacityError: No room for them. Nothing changed.
@@ -431,19 +550,20 @@ class VmemCache(DynamicCache):
         """
         self._change_rows(_selected(indices), "batch_select_indices", indices)
 
+    def fork(self) -> VmemCache:
+        """Return an independent cache with the same tokens, which shares their full pages; as `copy.deepcopy` does.
+
+        Both go on as they like, and are closed in any order.
+
+        Raises:
+            CapacityError: No room for what is left of the tokens behind their full pages. Nothing changed.
+        """
+        return copy.deepcopy(self)
+
     def _change_rows(self, rows_of: Callable[[int], torch.Tensor], stock_method: str, argument: Any) -> None:
         """Change the rows of all layers or, where one has no room, of none."""
         self._require_open()
-        layers = self._our_layers()
-        changes: list[Change] = []
-        try:
-            for layer in layers:
-                changes.append(layer.prepare(rows_of))  # noqa: PERF401 - what was prepared must be known on failure
-        except VmemError:
-            close_rows([change.wider for change in changes if change.wider is not None])
-            raise
-        for layer, change in zip(layers, changes, strict=True):
-            layer._change_rows(change)
+        _all_or_none([partial(layer.begin_change, rows_of) for layer in self._our_layers()])
         for other in self.layers:
             if not isinstance(other, VmemLayerMixin):
                 getattr(other, stock_method)(argument)
@@ -502,7 +622,14 @@ class VmemCache(DynamicCache):
         self._require_open()
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        try:
+            clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        except BaseException:
+            for layer in self._our_layers():
+                copied = memo.get(id(layer))
+                if copied is not None:
+                    copied.abandon()
+            raise
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -24,7 +24,7 @@ from vmem_kv.engine.async_engine import AnswerStream
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
 from vmem_kv.errors import ReaderTooSlow, RequestFailed, ShuttingDown, VmemError
 from vmem_kv.server.body import ClientGone
-from vmem_kv.server.errors import SERVER, ApiError, from_engine
+from vmem_kv.server.errors import SERVER, ApiError, failure, from_engine
 from vmem_kv.server.service import Record, Service
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ class Asked:
         self._param = param
         self._streams: list[AnswerStream] = []
         self._first_s: float | None = None
+        self._begun: set[int] = set()  # prompts whose first answer has begun
         self._n_answers = sum(r.params.n for r in requests)
         try:
             for request in requests:
@@ -73,13 +74,14 @@ class Asked:
         record.n_prompt_tokens = sum(len(r.prompt_token_ids) for r in requests)
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens so far, as OpenAI counts them."""
         n_prompt, n_generated = self.record.n_prompt_tokens, self.record.n_generated_tokens
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_generated,
             "total_tokens": n_prompt + n_generated,
+            "prompt_tokens_details": {"cached_tokens": self.record.n_cached_tokens},
         }
 
     def close(self) -> None:
@@ -112,6 +114,9 @@ class Asked:
                     i = waiting.pop(task)
                     update = self._result(task)
                     if update is not None:
+                        if update.index == 0 and i not in self._begun:
+                            self._begun.add(i)
+                            self.record.n_cached_tokens += update.n_cached_tokens
                         waiting[asyncio.create_task(_next(self._streams[i]))] = i
                         yield i, update
         finally:
@@ -236,7 +241,15 @@ class EventStream(Response):
             await _send_bytes(send, b"data: [DONE]\n\n")
         except ApiError as error:
             await _send_event(send, error.body())
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except Exception:  # our bug: the client learns that, and whoever is outside writes it down
+            await _send_event(send, failure().body())
+            await _end(send)
+            raise
+        await _end(send)
+
+
+async def _end(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send_event(send: Send, event: dict[str, Any]) -> None:

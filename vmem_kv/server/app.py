@@ -19,7 +19,7 @@ from vmem_kv.server.body import ClientGone, read_model
 from vmem_kv.server.chat import chat
 from vmem_kv.server.completions import complete
 from vmem_kv.server.dashboard import History, dashboard_data, dashboard_page
-from vmem_kv.server.errors import SERVER, ApiError, from_engine
+from vmem_kv.server.errors import ApiError, failure, from_engine
 from vmem_kv.server.gate import Gate
 from vmem_kv.server.readiness import readiness
 from vmem_kv.server.schemas import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk
@@ -91,12 +91,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _add_operation(app: FastAPI, service: Service, history: History) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether the engine's thread lives."""
         is_alive = service.engine.health().is_alive
         return JSONResponse({"status": "ok" if is_alive else "dead"}, 200 if is_alive else 503)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
         """Whether new requests are taken on and computed."""
@@ -135,7 +137,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_bug(_: Request, __: Exception) -> JSONResponse:
-        return ApiError(500, "The server failed to handle this request.", kind=SERVER).response()
+        return failure().response()
 
     @app.exception_handler(HTTPException)
     async def on_no_route(request: Request, error: HTTPException) -> JSONResponse:

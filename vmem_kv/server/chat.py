@@ -27,9 +27,11 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     record: Record = http.state.record
     ask = await read_model(http, ChatAsk, service.limits)
     service.check_model(ask.model)
+    service.require_place(ask.n or 1)
     params = ask.sampling_params()
     tokens = await service.codec.encode_chat(ask.messages)
-    asked = Asked(service, [Request(tokens, params, domain=record.domain)], record, "messages")
+    request = Request(tokens, params, domain=ask.sharing_domain(record.domain))
+    asked = Asked(service, [request], record, "messages")
     shape = _Shape(asked, ask)
     if ask.stream:
         return EventStream(asked, shape)

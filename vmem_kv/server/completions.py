@@ -33,9 +33,11 @@ async def complete(service: Service, http: HttpRequest) -> Response:
         text = f"array too long. Expected an array with maximum length {service.limits.max_prompts}"
         text = f"Invalid 'prompt': {text}, but got an array with length {len(prompts)} instead."
         raise invalid(text, "prompt", "array_above_max_length")
+    service.require_place((ask.n or 1) * len(prompts))
     params = ask.sampling_params()
     encoded = [await service.codec.encode(p) if isinstance(p, str) else tuple(p) for p in prompts]
-    requests = [Request(tokens, params, domain=record.domain) for tokens in encoded]
+    domain = ask.sharing_domain(record.domain)
+    requests = [Request(tokens, params, domain=domain) for tokens in encoded]
     echoes = []
     if ask.echo:
         echoes = [p if isinstance(p, str) else await service.codec.decode(p, "prompt") for p in prompts]

@@ -23,6 +23,7 @@ N_SAMPLES = 600
 SAMPLE_S = 1.0
 _CONTENT_SECURITY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data:; "  # the icon
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -57,8 +58,10 @@ class History:
                 "n_waiting": stats.n_waiting,
                 "generated_tokens_per_s": (stats.n_generated_tokens - before.n_generated_tokens) / passed_s,
                 "prompt_tokens_per_s": (stats.n_prompt_tokens - before.n_prompt_tokens) / passed_s,
+                "cached_tokens_per_s": (_n_hit_tokens(stats) - _n_hit_tokens(before)) / passed_s,
                 "first_token_s": sum(taken) / len(taken) if taken else None,
-                "n_live_pages": stats.cache.n_live_pages,
+                "n_live_pages": stats.n_pages_by_state["live"],
+                "n_cached_pages": stats.n_pages_by_state["cached"],
                 "n_warm_pages": stats.cache.n_warm_pages,
                 "n_free_pages": stats.cache.n_free_pages,
                 "driver_calls_per_s": (n_calls - n_calls_before) / passed_s,
@@ -85,13 +88,15 @@ def dashboard_data(service: Service, history: History) -> dict[str, Any]:
         "page_bytes": stats.page_bytes,
         "span_bytes": cache_stats.virtual_bytes // max(1, len(stats.slots)),
         "slots": [
-            {"state": s.state, "mapped_bytes": s.n_mapped_pages * stats.page_bytes, "n_tokens": s.n_tokens}
-            for s in stats.slots
+            {
+                "state": "cached" if slot_id in stats.cached_slots else s.state,
+                "mapped_bytes": s.n_mapped_pages * stats.page_bytes,
+                "n_tokens": s.n_tokens,
+            }
+            for slot_id, s in enumerate(stats.slots)
         ],
-        "pages": {
-            state: getattr(cache_stats, f"n_{state}_pages")
-            for state in ("live", "warm", "free", "pending", "in_flight", "quarantined")
-        },
+        "pages": {state: n for state, n in stats.n_pages_by_state.items() if state != "elsewhere"},
+        "hit_share": stats.hit_share,
         "max_pages": cache_stats.max_pages,
         "peak_pages": cache_stats.n_peak_owned_pages,
         "virtual_bytes": cache_stats.virtual_bytes,
@@ -104,6 +109,10 @@ def dashboard_data(service: Service, history: History) -> dict[str, Any]:
         "sample_s": SAMPLE_S,
         "samples": history.samples(),
     }
+
+
+def _n_hit_tokens(stats: EngineStats) -> int:
+    return 0 if stats.prefixes is None else stats.prefixes.n_hit_tokens
 
 
 def dashboard_page() -> Response:

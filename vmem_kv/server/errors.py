@@ -31,10 +31,11 @@ TAGS = frozenset(
 
 UNSUPPORTED = frozenset(
     {
-        "audio", "best_of", "chat_template", "chat_template_kwargs", "function_call", "functions", "guided_choice",
-        "guided_grammar", "guided_json", "guided_regex", "logit_processors", "modalities", "parallel_tool_calls",
-        "prediction", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store",
-        "structured_outputs", "suffix", "tool_choice", "tools", "verbosity", "web_search_options", "echo",
+        "audio", "best_of", "chat_template", "chat_template_kwargs", "echo", "function_call", "functions",
+        "guided_choice", "guided_grammar", "guided_json", "guided_regex", "logit_processors", "modalities",
+        "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_logprobs", "reasoning_effort",
+        "safety_identifier", "service_tier", "store", "structured_outputs", "suffix", "tool_choice", "tools",
+        "use_beam_search", "verbosity", "web_search_options",
     }
 )  # fmt: skip
 """Parameters that others know and that are not offered (here, or at this endpoint): named so that the error says it."""
@@ -77,6 +78,11 @@ class ApiError(ValueError):
 def invalid(message: str, param: str | None, code: str | None = "invalid_value") -> ApiError:
     """Return a 400."""
     return ApiError(400, message, param=param, code=code)
+
+
+def failure() -> ApiError:
+    """Return what a client learns of a bug of ours: that there is one."""
+    return ApiError(500, "The server failed to handle this request.", kind=SERVER)
 
 
 def from_engine(error: VmemError, param: str) -> ApiError:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vmem_kv.server.body import too_large
-from vmem_kv.server.errors import SERVER, ApiError
+from vmem_kv.server.errors import ApiError, failure
 from vmem_kv.server.log import LOGGER, note
 from vmem_kv.server.service import Record, Service
 
@@ -55,8 +55,7 @@ class Gate:
             except Exception:  # our bug: the client learns that, the log says where
                 LOGGER.exception("request %s failed", record.request_id)
                 if not statuses:
-                    answer = ApiError(500, "The server failed to handle this request.", kind=SERVER).response()
-                    await answer(scope, receive, send_noted)
+                    await failure().response()(scope, receive, send_noted)
         finally:
             metrics.n_open -= 1
             self._note(scope, record, statuses[0] if statuses else 0)
@@ -98,6 +97,7 @@ class Gate:
             status=status,
             duration_s=round(duration_s, 4),
             n_prompt_tokens=record.n_prompt_tokens,
+            n_cached_tokens=record.n_cached_tokens,
             n_generated_tokens=record.n_generated_tokens,
             ended_early=record.ended_early,
         )

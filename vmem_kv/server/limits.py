@@ -16,7 +16,7 @@ class Limits:
         max_header_bytes: Of a request's head, request line included; more is 431 or 400.
         max_headers: Header lines; more is 431.
         max_prompts: Prompts in one completion request.
-        max_connections: Open connections; more get 503.
+        max_connections: Open connections; more get 503. Fewer where the process may not open so many files.
         head_timeout_s: For a request's head to arrive.
         body_timeout_s: For a request's body to arrive.
         send_timeout_s: How long a client may leave the send buffer full before it is cut off.

@@ -49,9 +49,12 @@ def for_chat(codec: TextCodec, entries: Sequence[TokenLogprobs]) -> dict[str, An
 
 
 def _chat_token(codec: TextCodec, token: TokenLogprob) -> dict[str, Any]:
-    text = codec.token_text(token.token_id)
-    is_whole = "\ufffd" not in text
-    return {"token": text, "logprob": _finite(token.logprob), "bytes": list(text.encode()) if is_whole else None}
+    told = codec.token_bytes(token.token_id)
+    return {
+        "token": codec.token_text(token.token_id),
+        "logprob": _finite(token.logprob),
+        "bytes": None if told is None else list(told),
+    }
 
 
 def _finite(logprob: float) -> float:

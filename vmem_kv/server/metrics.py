@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from vmem_kv.engine.async_engine import AsyncEngine, Health
 from vmem_kv.engine.engine import EngineStats
+from vmem_kv.prefix.entry import PrefixStats
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -116,9 +117,11 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
     for name, (text, number) in counters.items():
         yield CounterMetricFamily(f"vmem_kv_{name}", text, number)
     pages = GaugeMetricFamily("vmem_kv_pages", "Pages by state.", labels=("state",))
-    for state in ("free", "in_flight", "live", "warm", "pending", "elsewhere", "quarantined"):
-        pages.add_metric([state], getattr(cache, f"n_{state}_pages"))
+    for state, n in stats.n_pages_by_state.items():
+        pages.add_metric([state], n)
     yield pages
+    if stats.prefixes is not None:
+        yield from _prefix_metrics(stats.prefixes)
     finished = CounterMetricFamily("vmem_kv_answers_finished", "Answers that ended, by reason.", labels=("reason",))
     for reason, n in stats.n_finished.items():
         finished.add_metric([reason], n)
@@ -127,3 +130,25 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
     for operation, n in cache.driver_calls.items():
         calls.add_metric([operation], n)
     yield calls
+
+
+def _prefix_metrics(prefixes: PrefixStats) -> Iterator[Metric]:
+    gauges = {
+        "entries": ("Sequences that others can begin with.", prefixes.n_entries),
+        "entries_in_use": ("Of them, those that run.", prefixes.n_pinned),
+        "pages": ("Pages that only cached prefixes keep.", prefixes.n_held_pages),
+        "pages_max": ("The bound on these pages.", prefixes.max_pages),
+    }
+    for name, (text, value) in gauges.items():
+        yield GaugeMetricFamily(f"vmem_kv_prefix_{name}", text, value)
+    counters = {
+        "lookups": ("Sequences that started.", prefixes.n_lookups),
+        "hits": ("Of them, those that began with cached tokens.", prefixes.n_hits),
+        "adoptions": ("Of them, those that went on in a cached slot.", prefixes.n_whole_hits),
+        "looked_up_tokens": ("Tokens of sequences that started.", prefixes.n_looked_up_tokens),
+        "hit_tokens": ("Of them, those that were not computed again.", prefixes.n_hit_tokens),
+        "evictions": ("Cached prefixes given up.", prefixes.n_evicted),
+        "evicted_pages": ("Pages that came free by that.", prefixes.n_evicted_pages),
+    }
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(f"vmem_kv_prefix_{name}", text, value)

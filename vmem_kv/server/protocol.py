@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 protocol, with deadlines for clients that send or read too slowly.
 
 Guarantees: a connection that has not sent a whole request head in time is closed, and so is one whose reader leaves
-the send buffer full for too long. What is no HTTP gets an error in the form of all others.
+the send buffer full for too long. What is no HTTP, and what comes on a connection too many, gets an error in the form
+of all others.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import asyncio
 from typing import Any
 
 import h11
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vmem_kv.server.errors import SERVER, ApiError
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.log import note
 
@@ -29,6 +32,8 @@ def protocol_with(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                self.app = _refuse
             self._head_timer = self.loop.call_later(limits.head_timeout_s, self._cut, "head_timeout")
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -73,6 +78,13 @@ def protocol_with(limits: Limits) -> type[asyncio.Protocol]:
             self.transport.abort()
 
     return Protocol
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of a connection too many."""
+    headers = {"Retry-After": "1", "Connection": "close"}
+    error = ApiError(503, "Too many connections are open; try again later.", kind=SERVER, headers=headers)
+    await error.response()(scope, receive, send)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

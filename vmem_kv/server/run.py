@@ -12,9 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import uvicorn
 
@@ -27,6 +30,7 @@ from vmem_kv.server.protocol import protocol_with
 from vmem_kv.server.service import Service
 
 _LOOK_S = 0.1
+_SPARE_DESCRIPTORS = 32
 _SEND_BUFFER_BYTES = 64 << 10
 _LAST_WORDS_S = 2.0
 """For the answers to requests that were ended, on their way out."""
@@ -71,6 +75,15 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def affordable_connections(at_most: int) -> int:
+    """Return how many connections the process's descriptors allow, beside those that it has open and some to spare."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return at_most
+    n_open = len(os.listdir("/proc/self/fd"))
+    return max(1, min(at_most, soft - n_open - _SPARE_DESCRIPTORS))
+
+
 class Server:
     """Serves a model on a socket until it is told to end.
 
@@ -83,7 +96,7 @@ class Server:
         self._service = service
         self._listener = listener
         self._history = History(service.metrics)
-        limits = service.limits
+        limits = replace(service.limits, max_connections=affordable_connections(service.limits.max_connections))
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 build_app(service, self._history),
@@ -95,7 +108,6 @@ class Server:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=limits.max_connections,
                 h11_max_incomplete_event_size=limits.max_header_bytes,
                 timeout_keep_alive=int(limits.head_timeout_s) or 1,
                 timeout_graceful_shutdown=1,

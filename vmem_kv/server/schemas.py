@@ -99,6 +99,7 @@ class Asking(_Strict):
     include_stop_str_in_output: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -138,6 +139,14 @@ class Asking(_Strict):
     def n_logprobs(self) -> int | None:
         """How many likeliest tokens to report beside each chosen one; None for no log probabilities."""
         raise NotImplementedError
+
+    def sharing_domain(self, domain: str) -> str:
+        """Return within whom cached prefixes are shared: one client's requests of the same salt.
+
+        Args:
+            domain: Whose request it is. Ours, and without NUL: so that no salt makes one domain look like another.
+        """
+        return domain if self.cache_salt is None else f"{domain}\0{self.cache_salt}"
 
     def sampling_params(self) -> SamplingParams:
         """Return what the engine is to do."""
@@ -181,7 +190,10 @@ class CompletionAsk(Asking):
         if self.best_of is not None and (isinstance(self.best_of, bool) or self.best_of != (self.n or 1)):
             raise invalid("Invalid 'best_of': only the value of 'n' is supported.", "best_of")
         if self.echo and self.logprobs is not None:
-            text = "Unsupported value: 'echo' cannot be combined with 'logprobs'."
+            text = (
+                "Unsupported value: 'echo' cannot be combined with 'logprobs': log probabilities are given of answers, "
+                "not of prompts."
+            )
             raise invalid(text, "echo", "unsupported_value")
         return self
 

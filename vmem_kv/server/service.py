@@ -8,8 +8,9 @@ from time import monotonic, time
 
 from vmem_kv.engine.async_engine import AnswerStream, AsyncEngine
 from vmem_kv.engine.request import new_request_id
+from vmem_kv.errors import VmemError
 from vmem_kv.server.auth import Hosts, Keys
-from vmem_kv.server.errors import ApiError
+from vmem_kv.server.errors import ApiError, from_engine
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.metrics import Metrics
 from vmem_kv.server.text import TextCodec
@@ -24,6 +25,7 @@ class Record:
         domain: Whose it is; see `auth.Keys`.
         arrived_s: On `time.monotonic`'s clock.
         n_prompt_tokens: Of all its prompts.
+        n_cached_tokens: Of its prompts, those that others had computed: of several answers to one, the first counts.
         n_generated_tokens: Of all its answers so far.
         ended_early: Why it ended before its answer did; empty where it did not.
     """
@@ -32,6 +34,7 @@ class Record:
     domain: str = ""
     arrived_s: float = field(default_factory=monotonic)
     n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
     n_generated_tokens: int = 0
     ended_early: str = ""
 
@@ -61,6 +64,17 @@ class Service:
     metrics: Metrics
     streams: set[AnswerStream] = field(default_factory=set)
     created_s: int = field(default_factory=lambda: int(time()))
+
+    def require_place(self, n_answers: int) -> None:
+        """Check that so many answers would be taken on, before any work is done for them.
+
+        Raises:
+            ApiError: 429, 503, or 400 where so many never would.
+        """
+        try:
+            self.engine.require_place(n_answers)
+        except VmemError as error:
+            raise from_engine(error, "n") from error
 
     def check_model(self, name: str | None) -> None:
         """Check that a client means this model. None means: whichever there is.

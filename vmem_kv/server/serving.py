@@ -15,18 +15,13 @@ import vmem_kv
 from vmem_kv.engine.async_engine import AsyncEngine
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.engine import Engine
-from vmem_kv.errors import ConfigError
 from vmem_kv.server.auth import Hosts, Keys
 from vmem_kv.server.limits import Limits
-from vmem_kv.server.log import log_config, note
+from vmem_kv.server.log import check_level, log_config, note
 from vmem_kv.server.metrics import Metrics
 from vmem_kv.server.run import Server
 from vmem_kv.server.service import Service
 from vmem_kv.server.text import TextCodec
-
-LEAST_TOKENS = 2
-"""A prompt of one, and an answer of one."""
-_LEVELS = ("debug", "info", "warning", "error")
 
 
 def serve_model(
@@ -59,15 +54,10 @@ def serve_model(
     Raises:
         ConfigError: The model cannot be served this way.
     """
-    if log_level not in _LEVELS:
-        raise ConfigError(f"--log-level is {log_level!r}; choose one of {', '.join(_LEVELS)}")
-    inner = Engine(model, tokenizer, config)
-    if inner.max_tokens_alone < LEAST_TOKENS:
-        inner.close()
-        raise ConfigError(f"max_bytes is {config.cache.max_bytes}, which holds no sequence of {LEAST_TOKENS} tokens")
+    check_level(log_level)
+    engine = AsyncEngine(Engine(model, tokenizer, config))
     logging.config.dictConfig(log_config(log_level.upper()))
-    engine = AsyncEngine(inner)
-    codec = TextCodec(tokenizer, engine.engine.max_model_len)
+    codec = TextCodec(tokenizer, engine.engine.max_tokens_alone)
     service = Service(engine, codec, name, limits, keys, hosts, Metrics(engine))
     note(
         "starting",
@@ -76,6 +66,7 @@ def serve_model(
         model=name,
         layout=engine.engine.memory.choice.why,
         max_model_len=engine.engine.max_model_len,
+        max_tokens_alone=engine.engine.max_tokens_alone,
         engine=asdict(config),
         limits=asdict(limits),
         has_keys=bool(keys),

@@ -26,12 +26,26 @@ MAX_CHARACTERS_PER_TOKEN = 16
 """Of a text that is worth encoding at all: ordinary text has 3 to 6."""
 
 
+def _letters_of_bytes() -> dict[str, int]:
+    """Return which byte each letter stands for, as byte-level tokenizers write their tokens.
+
+    A byte that Latin-1 prints is its own letter; all others have letters from 256 on, in order.
+    """
+    printed = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters_of_bytes()
+
+
 class TextCodec:
     """A model's tokenizer and chat template.
 
     Args:
         tokenizer: The model's.
-        max_model_len: The most tokens that the engine takes.
+        max_model_len: The most tokens of a sequence that the engine takes: of the model's length what the memory
+            budget holds.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> None:
@@ -82,6 +96,17 @@ class TextCodec:
         """Return what one token says, alone; part of a character is U+FFFD."""
         return str(self._tokenizer.decode([token_id]))
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return what one token adds to the text, also where it is part of a character; None where nobody knows."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        written = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", written):
+            return bytes([int(byte[1], 16)])
+        values = [_BYTE_OF_LETTER.get(letter) for letter in written]
+        return None if None in values else bytes(value for value in values if value is not None)
+
     def _encode(self, text: str, add_special_tokens: bool, split: bool) -> tuple[int, ...]:
         encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=split)
         return tuple(encoded.input_ids)
@@ -92,7 +117,7 @@ class TextCodec:
 
         def hide(match: re.Match[str]) -> str:
             hidden.append(match[0])
-            return f"{nonce}{len(hidden) - 1:04d}"
+            return f"{nonce}{len(hidden) - 1}{nonce}"
 
         turns = [
             {
@@ -103,9 +128,8 @@ class TextCodec:
             for m in messages
         ]
         text = str(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        parts = re.split(rf"{nonce}(\d{{4,}})", text)
         token_ids: list[int] = []
-        for i, part in enumerate(parts):
+        for i, part in enumerate(text.split(nonce)):
             piece, is_hidden = (hidden[int(part)], True) if i % 2 else (part, False)
             if piece:
                 token_ids += self._encode(piece, False, is_hidden)

@@ -200,11 +200,9 @@ class ReferenceModel:
         n_excess = self.n_owned - max_pages - self.n_free
         left = self.reclaim_order()
         victims: list[int] = []
-        if n_excess > sum(self._n_pages(slot) for slot in left):
+        if n_excess > sum(self.n_givable(slot) for slot in left):
             return False, []
         while n_excess > 0:
-            if not left:
-                return False, victims
             victims.append(left.pop(0))
             n_excess -= self.n_givable(victims[-1])
         return True, victims

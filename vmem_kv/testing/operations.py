@@ -356,8 +356,6 @@ class Run:
             self.pool.resize(max_pages)
         except OutOfPages:
             _require(not fits or self.is_faulted, "the budget covers what is in use")
-            if not self.is_faulted:
-                self.model.reclaimed(victims)
         except DriverError:
             _require(self.is_faulted, "a driver error without a fault")
         else:
