@@ -195,18 +195,17 @@ def test_a_step_that_hangs_keeps_no_server_from_ending(tiny_model_folder: Path) 
         release.set()
 
 
-def test_a_lost_device_ends_the_server_and_is_called_no_more(tiny_model_folder: Path) -> None:
+def test_a_lost_device_ends_the_server_which_asks_no_more_of_it(tiny_model_folder: Path) -> None:
     drivers: list[FaultyDriver] = []
 
     def opened(device: torch.device, config: CacheConfig) -> Driver:
         drivers.append(FaultyDriver(open_backend("native", Ledger())))
         return drivers[0]
 
-    n_asked = 0
+    asked_for: list[str] = []
 
     def lost(point: Any) -> DriverError:
-        nonlocal n_asked
-        n_asked += 1
+        asked_for.append(point.operation)
         error = DriverError(point.operation, 719, "CUDA_ERROR_LAUNCH_FAILED")
         error.is_fatal = True
         return error
@@ -227,11 +226,11 @@ def test_a_lost_device_ends_the_server_and_is_called_no_more(tiny_model_folder: 
                         assert last["error"]["type"] == "server_error"
                     else:
                         assert response.status_code == 503
-                n_at_death = n_asked
                 assert not running.service.engine.health().is_alive
-            assert n_at_death == 1
-        running.thread.join(WAIT_S)
+                running.thread.join(WAIT_S)
         assert running.exit_codes == [1]
+        # What closing gives back a driver answers by itself (a CUDA driver that lost its device does); nobody steps on.
+        assert set(asked_for[1:]) <= {"fence", "unmap", "release", "free_reservation"}, asked_for
 
 
 def test_many_in_flight_all_end_when_a_server_drains(tiny_model_folder: Path) -> None:
