@@ -310,8 +310,8 @@ class KVCache:
         """Let slots have the first `n_tokens` of other slots, by the same pages: beams that go on from other beams.
 
         Only pages full of these tokens are exchanged, and only where they differ, after waiting for `fence` (without
-        one: behind all launched so far). The rest of the tokens, those from `shared_tokens` on, the caller copies in
-        the slots' own pages.
+        one: behind all launched so far). What is left behind the full pages (`sharing.tails_of`; a
+        token may lie on both sides) the caller copies in the slots' own pages.
 
         Args:
             sources: For each slot the one whose tokens it shall have; at least `n_tokens` long, both.

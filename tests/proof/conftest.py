@@ -28,7 +28,7 @@ def is_long(request: pytest.FixtureRequest) -> bool:
 def _emptied_device() -> Iterator[None]:
     """What a test leaves on the emulated device (a spoilt cache cannot be closed) goes before the next one begins."""
     yield
-    empty_device()
+    assert empty_device() == [], "rules of the device were broken"
 
 
 @pytest.fixture(params=DRIVERS)

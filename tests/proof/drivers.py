@@ -26,10 +26,14 @@ def open_driver(name: str) -> Driver:
     return open_backend(name, Ledger())
 
 
-def empty_device() -> None:
-    """Free whatever is live on the emulated device, if there is one in this process."""
+def empty_device() -> list[str]:
+    """Free whatever is live on the emulated device, if there is one in this process; return the rules broken on it."""
+    violations: list[str] = []
     with suppress(ConfigError):
         emulator = load_emulator()
+        violations = emulator.violations()
         if emulator.live() != NOTHING:
             emulator.reset(force=True)
             emulator.set_granularity(mmap.PAGESIZE)
+        emulator.forget_violations()
+    return violations

@@ -78,6 +78,19 @@ def reuses_pages_whose_unmap_failed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PagePool, "quarantine", lambda pool, handles: pool.give(list(handles)))
 
 
+def hands_out_lost_pages(patch: pytest.MonkeyPatch) -> None:
+    """A page of the quarantine changes places with one that is handed out: all counts stay right."""
+    take = PagePool.take
+
+    def take_lost(pool: PagePool, places: Sequence[int]) -> tuple[list[Handle], int]:
+        handles, n_used = take(pool, places)
+        if pool._quarantined and handles:
+            handles[0], pool._quarantined[0] = pool._quarantined[0], handles[0]
+        return handles, n_used
+
+    patch.setattr(PagePool, "take", take_lost)
+
+
 def commits_before_it_maps(patch: pytest.MonkeyPatch) -> None:
     ensure = KVCache.ensure
 

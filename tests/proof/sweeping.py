@@ -14,13 +14,14 @@ import ctypes
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as TypingSequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
 from vmem_kv.cache import KVCache
-from vmem_kv.driver.base import Driver
+from vmem_kv.driver.base import Driver, Handle
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.errors import CapacityError, DriverError, OutOfSlots, VmemError
 from vmem_kv.growth import SlotId
@@ -71,6 +72,30 @@ class Sequence:
         self.past = [(min(end, n_tokens), number) for end, number in self.past]
 
 
+class WatchedPool(PagePool):
+    """A pool that is caught handing out a page of the quarantine, whatever its books say."""
+
+    def __init__(self, driver: Driver, page_bytes: int, max_pages: int, *, keep_freed: bool) -> None:
+        super().__init__(driver, page_bytes, max_pages, keep_freed=keep_freed)
+        self.n_reused = 0
+        self._lost: set[Handle] = set()
+
+    def quarantine(self, handles: Iterable[Handle]) -> None:
+        lost = list(handles)
+        super().quarantine(lost)
+        self._lost |= set(lost)
+
+    def unquarantine(self, handles: Iterable[Handle]) -> None:
+        back = list(handles)
+        super().unquarantine(back)
+        self._lost -= set(back)
+
+    def take(self, places: TypingSequence[int]) -> tuple[list[Handle], int]:
+        handles, n_used = super().take(places)
+        self.n_reused += len(self._lost.intersection(handles))
+        return handles, n_used
+
+
 class Story:
     """See this file's first lines."""
 
@@ -81,7 +106,7 @@ class Story:
         self.page_bytes = device.info.granularity_bytes
         self.kind = kind
         self.rows = rows
-        self.pool = PagePool(self.driver, self.page_bytes, max_pages, keep_freed=keep_freed)
+        self.pool = WatchedPool(self.driver, self.page_bytes, max_pages, keep_freed=keep_freed)
         self.caches: list[KVCache] = []
         self.sequences: list[Sequence] = []
         self.held: list[str] = []
@@ -426,6 +451,7 @@ class Story:
         assert n_places + n_stuck == self.driver.n_live_mappings
         assert self.pool.n_owned == self.driver.n_live_handles
         assert self.pool.n_in_flight == 0
+        assert self.pool.n_reused == 0, "pages of the quarantine were handed out"
         assert physical_bytes(self.device) == self.pool.n_owned * self.page_bytes
         self._check_ledger()
         for sequence in self.sequences:
@@ -819,6 +845,7 @@ def sweep(
                 counts["faults"] += len(story.faulty.faults)
                 counts["compound"] += len(story.faulty.faults) > 1
                 counts["quarantined"] += story.pool.n_quarantined
+                counts["reused"] += story.pool.n_reused
         counts["points"] += calm.faulty.n_points
     assert physical_bytes(device) == 0
     return counts

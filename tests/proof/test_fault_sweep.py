@@ -12,7 +12,14 @@ from vmem_kv.testing import natural_error
 
 from .conftest import Record
 from .drivers import open_driver
-from .mistakes import IN_A_SWEEP, Mistake, does_not_scrub, maps_a_page_too_many, shows_stale_pages
+from .mistakes import (
+    IN_A_SWEEP,
+    Mistake,
+    does_not_scrub,
+    hands_out_lost_pages,
+    maps_a_page_too_many,
+    shows_stale_pages,
+)
 from .sweeping import (
     COMPOUND_PLANS,
     OTHER_PLANS,
@@ -114,8 +121,14 @@ def test_a_second_failure_may_hit_while_the_first_is_undone(
         driver_name,
         lives_with_two_failures_or_more=counts["compound"],
         pages_quarantined=counts["quarantined"],
-        of_them_reused=0,
+        of_them_reused=counts["reused"],
     )
+
+
+def test_a_pool_that_hands_out_lost_pages_is_caught_whatever_its_books_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    hands_out_lost_pages(monkeypatch)
+    with pytest.raises(AssertionError, match="of the quarantine were handed out"):
+        sweep(open_driver("native"), "per_layer", keep_freed=False, plans=["and the next release"])
 
 
 def test_the_scenarios_reach_every_operation(driver: Driver) -> None:

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vmem_kv import VmemCache
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.checked import CheckedDriver
-from vmem_kv.errors import CapacityError, DriverError
+from vmem_kv.errors import CapacityError, DriverError, InvariantError
+from vmem_kv.pages import PagePool
 from vmem_kv.testing import Adaptor, FaultyDriver, Plan, no_faults
 
 from ..held import Held
@@ -96,6 +97,13 @@ class Generation:
     def left(self) -> tuple[int, ...]:
         driver = self.driver
         return driver.n_live_mappings, driver.n_live_reservations, driver.n_live_handles, physical_bytes(self.device)
+
+
+def test_a_page_that_generate_leaks_is_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    give = PagePool.give
+    monkeypatch.setattr(PagePool, "give", lambda pool, handles: give(pool, handles[1:]))
+    with pytest.raises((AssertionError, InvariantError)):
+        assert Generation("native", model, no_faults).left() == (0, 0, 0, 0)
 
 
 def test_any_driver_call_of_generate_may_fail(driver_name: str, model: Any, record: Record) -> None:

@@ -17,6 +17,7 @@ from vmem_kv.testing.operations import MAX_TOKENS, Run
 
 from .conftest import Record
 from .drivers import open_driver
+from .mistakes import unmaps_too_early
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
 
@@ -135,6 +136,12 @@ def test_every_sequence_of_sharing_moves_agrees_with_the_model(
         states=len(explored.states),
         runs=explored.n_runs,
     )
+
+
+def test_the_explorer_finds_what_is_unmapped_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    unmaps_too_early(monkeypatch)
+    with pytest.raises(AssertionError, match="->"):
+        explore_on(open_driver("native"), 5)
 
 
 def test_every_sequence_of_moves_agrees_with_the_model(driver: Driver, driver_name: str, record: Record) -> None:
