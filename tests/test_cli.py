@@ -372,7 +372,7 @@ def test_doctor_says_why_cuda_is_not_available_and_what_would_be_needed() -> Non
     assert "no NVIDIA driver: libcuda.so.1 was not found change: install the driver on a machine with an NVIDIA" in text
     assert "built without CUDA change: for a GPU, install a build of torch with CUDA" in text
     assert re.search(r"-- torch_flash on cpu it needs a CUDA device", text)
-    assert re.search(r"ok sdpa on cpu .* \(taken by auto\)", text)
+    assert re.search(r"ok native on cpu .* \(taken by auto\)", text)
 
 
 def test_doctor_describes_the_devices_that_there_are() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .harness import Running, until
+from .harness import Running, serving, until
 from .test_faults import connected, send_long, slowed
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -55,15 +55,10 @@ def text_of(html: str) -> str:
     return " ".join(re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]+>", " ", html, flags=re.DOTALL).split())
 
 
-def test_the_page_shows_the_slots_as_they_are(browser: str, running: Running, tmp_path: Path) -> None:
-    running.post("completions")
-    with slowed(running) as steps, connected(running) as one, connected(running) as two:
-        send_long(one, "chat")
-        send_long(two, "completions", stream=True)
-        until(lambda: running.service.engine.health().n_open == 2)
-        steps.release(6)
-        until(lambda: len(running.engine.memory.cache.active_slots()) == 2)
-        html = browse(browser, tmp_path, "--dump-dom", f"{running.url}/dashboard").stdout
+def test_the_page_shows_the_slots_as_they_are(browser: str, tiny_model_folder: Path, tmp_path: Path) -> None:
+    with serving(tiny_model_folder, prefix_caching=False) as running:
+        running.post("completions")
+        html = page_of_two_streams(browser, running, tmp_path)
     text = text_of(html)
     assert " tiny ready " in text
     assert "unreachable" not in text
@@ -74,6 +69,17 @@ def test_the_page_shows_the_slots_as_they_are(browser: str, running: Running, tm
     assert re.search(r"\d+ pages of [\d.]+ KiB owned", text)
     assert html.count("<svg") == 5
     assert len(re.findall(r'<path d="M', html)) >= 5  # every chart has drawn something, but for times to first token
+
+
+def page_of_two_streams(browser: str, running: Running, tmp_path: Path) -> str:
+    """The dashboard, as a browser shows it while two requests run."""
+    with slowed(running) as steps, connected(running) as one, connected(running) as two:
+        send_long(one, "chat")
+        send_long(two, "completions", stream=True)
+        until(lambda: running.service.engine.health().n_open == 2)
+        steps.release(6)
+        until(lambda: len(running.engine.memory.cache.active_slots()) == 2)
+        return browse(browser, tmp_path, "--dump-dom", f"{running.url}/dashboard").stdout
 
 
 def test_the_page_says_when_it_reaches_nobody(browser: str, running: Running, tmp_path: Path) -> None:
