@@ -760,12 +760,14 @@ class KVCache:
             unusable = [s for s in self.region.broken | sharing if s in self._slots.warm and s not in self._slots.busy]
             self._slots.busy.update(unusable)
         failure: BaseException | None = None
-        for slot_id in unusable:  # all of them, even if one fails: what is left warm can be adopted
-            try:
-                n_freed += self._unmap_slot(slot_id)
-            except BaseException as error:
-                failure = failure or error
-        self._unbusy(unusable)
+        try:
+            for slot_id in unusable:  # all of them, even if one fails: what is left warm can be adopted
+                try:
+                    n_freed += self._unmap_slot(slot_id)
+                except BaseException as error:
+                    failure = failure or error
+        finally:
+            self._unbusy(unusable)
         if failure is not None:
             raise failure
         return n_freed
