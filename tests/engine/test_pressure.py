@@ -164,6 +164,18 @@ def test_memory_stays_within_what_the_tokens_need() -> None:
         assert n_peak == engine.memory.n_pages(160)
 
 
+def test_what_ended_sequences_leave_is_used_before_new_pages_are_created() -> None:
+    """Two sequences end at about 100 tokens; a third one grows past them with what both have left."""
+    short = [Request(prompt_of(96, i), greedy(4, ignore_eos=True)) for i in range(2)]
+    long = Request(prompt_of(10), greedy(170, ignore_eos=True))
+    with engine_on(page_bytes=4096, max_num_seqs=2, prefix_caching=False) as engine:
+        run(engine, short)
+        n_needed = engine.snapshot().cache.n_peak_owned_pages
+        assert n_needed == 2 * engine.memory.n_pages(100) > engine.memory.n_pages(180)
+        run(engine, [long])
+        assert engine.snapshot().cache.n_peak_owned_pages == n_needed
+
+
 def test_a_model_whose_every_layer_has_a_window_keeps_the_window_only() -> None:
     request = Request(prompt_of(60), greedy(120, ignore_eos=True))
     with engine_on("mistral", page_bytes=4096, max_batch_tokens=32) as engine:

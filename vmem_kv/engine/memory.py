@@ -155,7 +155,7 @@ class SlotMemory:
         try:
             return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
         except OutOfSlots:
-            self._wait()
+            self.settle()
             return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
 
     def fork(self, slot_id: SlotId, n_tokens: int) -> SlotId:
@@ -163,20 +163,31 @@ class SlotMemory:
         try:
             return self.cache.fork(slot_id, n_tokens)
         except CapacityError:
-            self._wait()
+            self.settle()
             return self.cache.fork(slot_id, n_tokens)
 
     def grow(self, lengths: Mapping[SlotId, int]) -> None:
         """Make room for these lengths; see `KVCache.ensure`.
 
-        What waits for a kernel or for the premapping thread is waited for before this gives up.
+        Pages of slots that nobody owns are used before new ones are created, so that the engine never holds more than
+        its sequences once needed. What waits for a kernel or for the premapping thread is waited for before this gives
+        up.
         """
         wanted = self._with_slack(lengths)
+        self._free_warm_pages(wanted)
         try:
             self.cache.ensure(wanted)
         except CapacityError:
-            self._wait()
+            self.settle()
             self.cache.ensure(wanted)
+
+    def cut(self, slot_id: SlotId, n_tokens: int) -> None:
+        """Say that a sequence has its first tokens only: what was mapped or written for more does not count.
+
+        Raises:
+            CapacityError, DriverError, UsageError: See `KVCache.truncate`.
+        """
+        self.cache.truncate(slot_id, n_tokens)
 
     def slide(self, first_tokens: Mapping[SlotId, int]) -> None:
         """Give up what lies before these tokens, which no layer will read again.
@@ -198,8 +209,9 @@ class SlotMemory:
         """Ask for room for these lengths, in the background."""
         premapper = self.premapper
         if premapper is not None and premapper.is_alive:
-            ahead = premapper.premap_tokens
-            premapper.request({s: n - ahead for s, n in self._with_slack(lengths).items()})
+            wanted, ahead = self._with_slack(lengths), premapper.premap_tokens
+            self._free_warm_pages(wanted)
+            premapper.request({s: n - ahead for s, n in wanted.items()})
 
     def retire(self, slot_ids: Sequence[SlotId]) -> None:
         """End sequences; their memory stays mapped for the next ones.
@@ -223,8 +235,14 @@ class SlotMemory:
 
     def reclaim(self) -> None:
         """Take the pages of all slots that nobody owns."""
-        self._wait()
+        self.settle()
         self.cache.reclaim(self.n_available_pages())
+
+    def settle(self) -> None:
+        """Let pass what holds slots and pages for a moment only: kernels, and the premapping thread."""
+        if self.premapper is not None:
+            self.premapper.wait_idle()
+        self.cache.settle()
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
@@ -243,11 +261,25 @@ class SlotMemory:
             _LOG.warning("closing the engine's memory: %s", error)
         self.pool.driver.close()
 
-    def _wait(self) -> None:
-        """Let pass what holds slots and pages for a moment only: kernels, and the premapping thread."""
-        if self.premapper is not None:
-            self.premapper.wait_idle()
-        self.cache.settle()
+    def _free_warm_pages(self, wanted: Mapping[SlotId, int]) -> None:
+        """Take from slots that nobody owns what these lengths need and the pool would have to create.
+
+        Where the driver fails, the pages are quarantined and new ones are created instead.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+        n_missing = self.cache.n_missing_pages(wanted)
+        with self.pool.lock:
+            n_pages = min(n_missing - self.pool.n_free, self.cache.n_warm_pages())
+        if n_pages <= 0:
+            return
+        try:
+            self.cache.reclaim(n_pages)
+        except DriverError as error:
+            if error.is_fatal:
+                raise
+            _LOG.warning("reclaiming %d pages: %s", n_pages, error)
 
     def _with_slack(self, lengths: Mapping[SlotId, int]) -> dict[SlotId, int]:
         return {slot_id: n + self.slack_tokens for slot_id, n in lengths.items()}
