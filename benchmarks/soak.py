@@ -124,22 +124,27 @@ class ServerProcess:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
 
-    def look(self) -> Look:
-        """Wait until the server is idle and has closed what clients left; say what it holds then."""
-        folder, previous = Path(f"/proc/{self.process.pid}"), -1
+    def look(self, before: Look | None = None) -> Look:
+        """Wait until the server is idle and holds no more than before; say what it holds then, or after a minute.
+
+        A connection that a client has left stays open until the server notices, which may take it some seconds.
+        """
         end_s = time.monotonic() + IDLE_S
         while True:
             numbers = self._metrics()
+            now = self._look(numbers)
             is_idle = not numbers["running_sequences"] and not numbers["waiting_sequences"]
-            n_files = len(os.listdir(folder / "fd"))
-            if (is_idle and n_files == previous) or time.monotonic() > end_s:
-                break
-            previous = n_files
+            has_more = before is not None and (now.n_files > before.n_files or now.n_threads > before.n_threads)
+            if (is_idle and not has_more) or time.monotonic() > end_s:
+                return now
             time.sleep(0.5)
+
+    def _look(self, numbers: dict[str, float]) -> Look:
+        folder = Path(f"/proc/{self.process.pid}")
         return Look(
             self.resident_bytes(),
             len(os.listdir(folder / "task")),
-            n_files,
+            len(os.listdir(folder / "fd")),
             int(numbers['pages{state="live"}']),
             int(numbers['pages{state="quarantined"}']),
         )
@@ -245,7 +250,7 @@ async def soak(server: ServerProcess, traffic: Traffic, options: argparse.Namesp
     await traffic.run(total_s - warm_s, options.clients)
     sampling.cancel()
     await asyncio.gather(sampling, return_exceptions=True)
-    after = await asyncio.to_thread(server.look)
+    after = await asyncio.to_thread(server.look, before)
     return {"warm_up_s": warm_s, "before": before, "after": after, "samples": samples}
 
 
