@@ -39,7 +39,8 @@ MIB = 1 << 20
 MAX_GROWTH_BYTES = 16 * MIB
 SAMPLE_S = 5.0
 START_S = 300.0
-IDLE_S = 60.0
+IDLE_S = 120.0
+N_SAME = 5
 _CODE = "from vmem_kv.cli import main; main()"
 
 
@@ -124,27 +125,32 @@ class ServerProcess:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) * 1024  # type: ignore[index]
 
-    def look(self, before: Look | None = None) -> Look:
-        """Wait until the server is idle and holds no more than before; say what it holds then, or after a minute.
+    def n_threads(self) -> int:
+        """Its threads now."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
 
-        A connection that a client has left stays open until the server notices, which may take it some seconds.
+    def look(self, before: Look | None = None) -> Look:
+        """Wait until the server is idle and holds no more than before; say what it holds then, or after `IDLE_S`.
+
+        A connection that a client has left stays open until the server notices, which may take it some seconds. Idle is
+        what looks so twice in a row: a sequence that is just starting neither runs nor waits for a moment.
         """
         end_s = time.monotonic() + IDLE_S
+        n_idle = 0
         while True:
             numbers = self._metrics()
             now = self._look(numbers)
-            is_idle = not numbers["running_sequences"] and not numbers["waiting_sequences"]
+            n_idle = 0 if numbers["running_sequences"] or numbers["waiting_sequences"] else n_idle + 1
             has_more = before is not None and (now.n_files > before.n_files or now.n_threads > before.n_threads)
-            if (is_idle and not has_more) or time.monotonic() > end_s:
+            if (n_idle > 1 and not has_more) or time.monotonic() > end_s:
                 return now
             time.sleep(0.5)
 
     def _look(self, numbers: dict[str, float]) -> Look:
-        folder = Path(f"/proc/{self.process.pid}")
         return Look(
             self.resident_bytes(),
-            len(os.listdir(folder / "task")),
-            len(os.listdir(folder / "fd")),
+            self.n_threads(),
+            len(os.listdir(f"/proc/{self.process.pid}/fd")),
             int(numbers['pages{state="live"}']),
             int(numbers['pages{state="quarantined"}']),
         )
@@ -233,8 +239,13 @@ async def soak(server: ServerProcess, traffic: Traffic, options: argparse.Namesp
     total_s = options.minutes * 60
     warm_s = min(300.0, total_s / 5)
     async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
-        # As many at once as ever will be: the server's pool of threads is at its full size after that.
-        await asyncio.gather(*(client.get("/metrics") for _ in range(40)))
+        # More at once than ever will be, until the server's pool of threads grows no more: a pool starts a thread only
+        # where no other one happens to be free.
+        n_threads = n_same = 0
+        while n_same < N_SAME:
+            await asyncio.gather(*(client.get("/metrics") for _ in range(40)))
+            n_before, n_threads = n_threads, server.n_threads()
+            n_same = n_same + 1 if n_threads <= n_before else 0
     await traffic.pin()
     await traffic.run(warm_s, options.clients)
     before = await asyncio.to_thread(server.look)

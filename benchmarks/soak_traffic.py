@@ -29,7 +29,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_FINDINGS = 50
 TIMEOUT_S = 300.0
 SLOW_READER_S = 20.0
-HALF_REQUEST_S = 15.0
+HALF_REQUEST_S = 60.0
 _TEXT = "the sky is blue because light of short waves scatters most in clear air and we look up to see it"
 
 BAD_FIELDS: tuple[dict[str, Any], ...] = (

@@ -52,7 +52,7 @@ def cases(plan: Plan) -> Sequence[Case]:
         Case("crash", _crash, table="bad", context={"expected": "a crash"}),
         Case("fault", _fault, table="bad"),
         Case("too dear", _good, cost_s=1e9),
-        Case("hang", _hang, timeout_s=1.0, table="bad"),
+        Case("hang", _hang, timeout_s=5.0, table="bad"),
         Case("raise", _raise, table="bad"),
         Case("good again", _good),
         Case("dangerous", _dangerous_but_good, is_dangerous=True),

@@ -214,7 +214,8 @@ OTHER_MODELS: dict[str, PreTrainedConfig] = {
 
 
 def folder_of(name: str, tiny_model_folder: Path, tmp_path: Path) -> Path:
-    """A random model of this kind, with the tiny model's tokenizer."""
+    """A random model of this kind, the same at every run, with the tiny model's tokenizer."""
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(OTHER_MODELS[name]).save_pretrained(tmp_path)
     for path in tiny_model_folder.glob("tokenizer*"):
         shutil.copy(path, tmp_path)

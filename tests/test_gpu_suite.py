@@ -49,7 +49,7 @@ def planted(name: str) -> Part:
     return Part("planted", "Planted", f"tests.gpu_suite_{name}", 1.0)
 
 
-def run_planted(name: str, folder: Path, budget_s: float = 100.0) -> Results:
+def run_planted(name: str, folder: Path, budget_s: float = 800.0) -> Results:
     part = planted(name)
     results = Results(folder, "run", {}, is_emulated=True)
     results.begin(part)
@@ -59,10 +59,9 @@ def run_planted(name: str, folder: Path, budget_s: float = 100.0) -> Results:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # gone, before the look or in the middle of it
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_whatever_ends_a_process_becomes_a_row_and_everything_else_runs(tmp_path: Path) -> None:
@@ -75,7 +74,7 @@ def test_whatever_ends_a_process_becomes_a_row_and_everything_else_runs(tmp_path
     assert {name: row["outcome"] for name, row in bad.items()} == {
         "crash": "crashed (signal SIGKILL)",
         "fault": "crashed (signal SIGSEGV)",
-        "hang": "crashed (timeout after 1 s)",
+        "hang": "crashed (timeout after 5 s)",
         "raise": "raised ValueError: planted",
         "exit": "crashed (exit status 3)",
     }
@@ -262,7 +261,7 @@ def test_some_cases_of_a_part_can_be_run_alone(tmp_path: Path) -> None:
     part, results = planted("plants"), Results(tmp_path, "run", {}, is_emulated=True)
     results.begin(part)
     names = ["good again", "dangerous", "last"]
-    run_part(part, results, emulate=True, quick=True, budget_s=100.0, only=names)
+    run_part(part, results, emulate=True, quick=True, budget_s=800.0, only=names)
     rows = results.parts["planted"].tables["rows"].rows
     assert [row["case"] for row in rows] == ["good", "dangerous", "good"]
     assert set(results.parts["planted"].tables) == {"rows"}
@@ -297,8 +296,8 @@ def test_a_killed_run_leaves_valid_results_and_no_process(tmp_path: Path) -> Non
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
     path = tmp_path / "run.json"
     rows: list[dict] = []
-    deadline = time.monotonic() + 60
-    while len(rows) < 2 and time.monotonic() < deadline:
+    while len(rows) < 2:
+        assert process.poll() is None, "it ended by itself"
         time.sleep(0.05)
         if path.exists():
             tables = json.loads(path.read_text())["parts"]["planted"]["tables"]  # valid at any moment
@@ -307,9 +306,8 @@ def test_a_killed_run_leaves_valid_results_and_no_process(tmp_path: Path) -> Non
     process.wait()
     assert [row["case"] for row in rows] == ["good", "said before it hung"]
     assert "said before it hung" in (tmp_path / "run.md").read_text()
-    while is_alive(rows[1]["pid"]) and time.monotonic() < deadline:
+    while is_alive(rows[1]["pid"]):  # or the test's time runs out
         time.sleep(0.05)
-    assert not is_alive(rows[1]["pid"])
 
 
 def test_last_lines_say_where_a_process_faulted() -> None:
@@ -333,17 +331,17 @@ def test_emulated_times_are_marked_in_their_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1_800)
 def test_the_suite_runs_on_the_emulated_driver(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("OUT", None)
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu/run.py", "--emulate", "--quick", "--out", str(tmp_path)],
+        [sys.executable, "benchmarks/gpu/run.py", "--emulate", "--quick", "--budget", "1500", "--out", str(tmp_path)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1_700,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -623,7 +621,7 @@ def test_a_disturber_says_what_ended_it() -> None:
         raise ValueError("planted")
 
     with Disturber(work, DriverCalls(FakeCalls())) as disturber:
-        disturber._thread.join(10)
+        disturber._thread.join(120)
     assert disturber.error == "ValueError: planted"
     assert disturber.n_done == 0
 
@@ -637,7 +635,7 @@ def test_a_disturber_notes_its_calls_and_stops() -> None:
             enough.set()
 
     with Disturber(work, DriverCalls(FakeCalls())) as disturber:
-        assert enough.wait(10)
+        assert enough.wait(120)
     assert disturber.error is None
     assert disturber.n_done == len(disturber.calls.spans) >= 3
     assert all(begin <= end for begin, end in disturber.calls.spans)

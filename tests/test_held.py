@@ -11,7 +11,7 @@ from .held import Held
 def test_a_file_and_a_thread_that_are_left_behind_are_found() -> None:
     before = Held.now()
     assert not Held.now().beyond(before)
-    duplicate, end = os.dup(0), threading.Event()
+    (reading, writing), end = os.pipe(), threading.Event()
     thread = threading.Thread(target=end.wait, args=(60,))
     thread.start()
     try:
@@ -19,6 +19,8 @@ def test_a_file_and_a_thread_that_are_left_behind_are_found() -> None:
     finally:
         end.set()
         thread.join()
-        os.close(duplicate)
-    assert beyond == [os.readlink("/proc/self/fd/0"), thread]
+        name = os.readlink(f"/proc/self/fd/{reading}")  # a pipe's is its own, and that of both of its ends
+        os.close(reading)
+        os.close(writing)
+    assert beyond == [name, name, thread]
     assert not Held.now().beyond(before)

@@ -29,7 +29,7 @@ def in_another_thread(call: Callable[[], Any]) -> list[BaseException]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
     return errors
 

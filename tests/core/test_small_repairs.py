@@ -99,6 +99,7 @@ def test_the_cgroup_with_the_least_left_counts(tmp_path: Path) -> None:
     assert describe_machine(tmp_path).usable_memory_bytes == 3 * GIB
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # other tests may have left threads
 def test_a_forked_child_does_not_keep_the_parents_memory() -> None:
     driver = HostDriver("python")
     child = os.fork()

@@ -25,7 +25,7 @@ from .bench import PAGE, Bench, OpenBench, make_layout
 
 N_WORKERS = 4
 N_ROUNDS = 120
-WATCHDOG_S = 60
+WATCHDOG_S = 500
 
 
 @pytest.fixture(autouse=True)

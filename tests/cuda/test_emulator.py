@@ -586,7 +586,7 @@ def test_which_context_is_current_does_not_depend_on_the_work(machine: Machine) 
 def test_a_failure_planned_before_a_reset_does_not_happen_after_it(machine: Machine) -> None:
     d, ok, emulator = machine.d, machine.ok, machine.emulator
     context, answers = ok(d.cuCtxGetCurrent()), []
-    emulator.slow("cuMemGetInfo", 200_000)
+    emulator.slow("cuMemGetInfo", 1_000_000)  # it is asleep when the reset comes
     emulator.fail("cuMemGetInfo", ILLEGAL_ADDRESS, sticky=True)
 
     def sleep() -> None:

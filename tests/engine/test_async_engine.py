@@ -26,10 +26,8 @@ from vmem_kv.errors import (
     UsageError,
 )
 
-from .harness import backend, greedy, greedy_alone, prompt_of, slots_in_use
+from .harness import WAIT_S, backend, greedy, greedy_alone, held_after, prompt_of, slots_in_use
 from .tokenizers import word_tokenizer
-
-WAIT_S = 30.0
 
 
 @asynccontextmanager
@@ -82,23 +80,24 @@ def test_streams_give_what_generate_gives() -> None:
 def test_what_is_refused_is_refused_at_once() -> None:
     async def test() -> None:
         async with running(max_num_seqs=1, max_queued=1) as serving:
-            with pytest.raises(InvalidRequest):
-                serving.submit(Request((), greedy(1)))
-            first = Request(prompt_of(3), greedy(200, ignore_eos=True))
-            streams = [serving.submit(first)]
-            with pytest.raises(UsageError):
-                serving.submit(first)
-            streams.append(serving.submit(Request(prompt_of(4), greedy(200, ignore_eos=True))))
-            await until(lambda: serving.snapshot().n_waiting == 1)
-            with pytest.raises(QueueFull):
-                serving.submit(Request(prompt_of(5), greedy(200, ignore_eos=True)))
-            assert serving.n_rejected == 1
-            serving.drain()
-            with pytest.raises(ShuttingDown):
-                serving.submit(Request(prompt_of(3), greedy(1)))
-            for stream in streams:
-                stream.close()
-            assert await serving.wait_drained(WAIT_S)
+            with held_after(1, serving.engine):
+                with pytest.raises(InvalidRequest):
+                    serving.submit(Request((), greedy(1)))
+                first = Request(prompt_of(3), greedy(200, ignore_eos=True))
+                streams = [serving.submit(first)]
+                with pytest.raises(UsageError):
+                    serving.submit(first)
+                streams.append(serving.submit(Request(prompt_of(4), greedy(200, ignore_eos=True))))
+                await until(lambda: serving.snapshot().n_waiting == 1)
+                with pytest.raises(QueueFull):
+                    serving.submit(Request(prompt_of(5), greedy(200, ignore_eos=True)))
+                assert serving.n_rejected == 1
+                serving.drain()
+                with pytest.raises(ShuttingDown):
+                    serving.submit(Request(prompt_of(3), greedy(1)))
+                for stream in streams:
+                    stream.close()
+                assert await serving.wait_drained(WAIT_S)
 
     run(test())
 
@@ -106,13 +105,15 @@ def test_what_is_refused_is_refused_at_once() -> None:
 def test_a_closed_stream_frees_its_memory() -> None:
     async def test() -> None:
         async with running() as serving:
-            stream = serving.submit(Request(prompt_of(9), greedy(240, ignore_eos=True)))
-            await anext(stream)
-            await stream.aclose()
-            await until(lambda: serving.snapshot().n_running == 0)
-            assert not slots_in_use(serving.engine)
-            with pytest.raises(StopAsyncIteration):
+            with held_after(2, serving.engine):
+                stream = serving.submit(Request(prompt_of(9), greedy(240, ignore_eos=True)))
                 await anext(stream)
+                assert serving.snapshot().n_running == 1
+                await stream.aclose()
+                await until(lambda: serving.snapshot().n_running == 0)
+                assert not slots_in_use(serving.engine)
+                with pytest.raises(StopAsyncIteration):
+                    await anext(stream)
             cancelled = asyncio.create_task(read(serving.submit(Request(prompt_of(9), greedy(5)))))
             assert (await cancelled)[0].is_finished
 
@@ -122,10 +123,11 @@ def test_a_closed_stream_frees_its_memory() -> None:
 def test_stop_ends_what_is_unfinished() -> None:
     async def test() -> None:
         async with running() as serving:
-            stream = serving.submit(Request(prompt_of(9), greedy(240, ignore_eos=True)))
-            await anext(stream)
-            assert await asyncio.to_thread(serving.stop, WAIT_S)
-            assert (await read(stream))[0].finish_reason is FinishReason.ABORT
+            with held_after(2, serving.engine):
+                stream = serving.submit(Request(prompt_of(9), greedy(240, ignore_eos=True)))
+                await anext(stream)
+                assert await asyncio.to_thread(serving.stop, WAIT_S)
+                assert (await read(stream))[0].finish_reason is FinishReason.ABORT
 
     run(test())
 
@@ -148,16 +150,17 @@ def test_death_answers_everyone() -> None:
         engine = Engine(copy.deepcopy(build_model("llama")), word_tokenizer(), make_config(), backend())
         serving = AsyncEngine(engine)
         serving.start()
-        streams = [serving.submit(Request(prompt_of(9), greedy(240, ignore_eos=True))) for _ in range(3)]
-        await anext(streams[0])
 
         def broken() -> list[SequenceUpdate]:
             raise InvariantError("planted")
 
-        engine.step = broken  # type: ignore[method-assign]
-        for stream in streams:
-            with pytest.raises(EngineDead, match="planted"):
-                await read(stream)
+        with held_after(2, engine):
+            streams = [serving.submit(Request(prompt_of(9), greedy(240, ignore_eos=True))) for _ in range(3)]
+            await anext(streams[0])
+            engine.step = broken  # type: ignore[method-assign]
+            for stream in streams:
+                with pytest.raises(EngineDead, match="planted"):
+                    await read(stream)
         assert not serving.health().is_alive
         assert "planted" in serving.health().death
         with pytest.raises(EngineDead):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests.core.backends import open_backend
-from tests.core.subprocesses import ROOT
+from tests.core.subprocesses import ROOT, TIMEOUT_S
 from tests.hf.architectures import build_model
 from vmem_kv.config import CacheConfig
 from vmem_kv.driver.base import Driver
@@ -25,13 +25,13 @@ from vmem_kv.driver.ledger import Ledger
 from vmem_kv.engine.async_engine import AsyncEngine
 from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.llm import make_config
-from vmem_kv.engine.request import Request
+from vmem_kv.engine.request import Request, SequenceUpdate
 from vmem_kv.engine.sampling_params import SamplingParams
 from vmem_kv.errors import ConfigError, DriverError, InvalidRequest, QueueFull
 from vmem_kv.testing.adaptor import Adaptor
 
 from ..held import Held
-from .harness import backend, engine_on, greedy, greedy_alone, n_pages_in_use, prompt_of, run, tokens
+from .harness import WAIT_S, backend, engine_on, greedy, greedy_alone, n_pages_in_use, prompt_of, run, tokens
 from .tokenizers import word_tokenizer
 
 
@@ -56,10 +56,18 @@ def test_a_mapper_that_dies_costs_no_token(n_th: int) -> None:
                 raise MemoryError
             return stock(lengths)
 
+        premapper, step = engine.memory.premapper, engine.step
+        assert premapper is not None
+
+        def in_turns() -> list[SequenceUpdate]:
+            """A step, and what the mapper is asked for in it, before the next request would replace that one."""
+            updates = step()
+            assert premapper.wait_idle(WAIT_S)
+            return updates
+
         engine.memory.cache.premap = dying  # type: ignore[method-assign]
+        engine.step = in_turns  # type: ignore[method-assign]
         check_good(run(engine, requests := good_requests()), requests)
-        assert engine.memory.premapper is not None
-        engine.memory.premapper.wait_idle()
         assert n_calls == n_th
         assert engine.snapshot().is_mapper_alive is False
         check_good(run(engine, again := good_requests()), again)
@@ -70,7 +78,7 @@ def test_a_mapper_that_is_slow_costs_no_token() -> None:
         stock, may_go_on = engine.memory.cache.premap, threading.Event()
 
         def slow(lengths: Any) -> int:
-            may_go_on.wait(30)
+            may_go_on.wait(WAIT_S)
             return stock(lengths)
 
         engine.memory.cache.premap = slow  # type: ignore[method-assign]
@@ -271,7 +279,7 @@ def test_how_python_is_started_changes_no_token(flags: list[str], environment: d
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr

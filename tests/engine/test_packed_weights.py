@@ -18,6 +18,7 @@ from .harness import engine_on
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_the_same_up_to_rounding(dtype: torch.dtype, n_rows: int, has_bias: bool) -> None:
     assert is_available()
+    torch.manual_seed(0)
     linear = torch.nn.Linear(48, 80, bias=has_bias, dtype=dtype)
     states = torch.randn(2, n_rows, 48, dtype=dtype).transpose(0, 1)
     with torch.inference_mode():

@@ -212,6 +212,7 @@ class TestClosing:
             forward(caches[1 - first], 2, 1)
             caches[1 - first].close()
 
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # other tests may have left threads
     def test_in_a_forked_child_is_refused_and_harms_nobody(self, config, new_cache):
         cache = new_cache(config)
         forward(cache, 1, 5)

@@ -1,6 +1,6 @@
 """Memory comes as the tokens come and goes back, by the operating system's own count; running out of it is harmless.
 
-The counters are the kernel's (`/proc/self`): shared memory in residence, open files, mappings of memory files. What
+The counters are the kernel's (`/proc/self`): memory files in residence, open files, mappings of memory files. What
 our own statistics say is compared with them.
 """
 
@@ -48,17 +48,29 @@ class Held(NamedTuple):
 
 
 def _held() -> Held:
-    status = Path("/proc/self/status").read_text()
-    shared_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssShmem"))
-    mappings = Path("/proc/self/maps").read_text()
-    return Held(shared_kib * 1024, open_files(), mappings.count("memfd:"))
+    """Look now. By the pages of each mapping: the sum in /proc/self/status is off by some pages on many kernels."""
+    shared_kib = n_mappings = 0
+    is_memory_file = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "memfd:" in line:
+            n_mappings += 1
+            is_memory_file = True
+        elif line.startswith("Rss:"):
+            shared_kib += int(line.split()[1]) if is_memory_file else 0
+            is_memory_file = False
+    return Held(shared_kib * 1024, open_files(), n_mappings)
+
+
+def _held_after_collecting() -> Held:
+    """Look when what earlier tests left behind is gone: nothing may vanish between this look and another one."""
+    gc.collect()
+    return _held()
 
 
 @contextmanager
 def _nothing_left_behind() -> Iterator[Held]:
     """Assert that after the block the process holds what it held before it."""
-    gc.collect()
-    before = _held()
+    before = _held_after_collecting()
     yield before
     assert not _held().grew_since(before)
 
@@ -164,7 +176,7 @@ def test_memory_files_and_mappings_go_back_to_the_system(use: Callable[[PreTrain
 
 def test_the_counters_see_a_cache_that_is_in_use() -> None:
     model = build_model("llama")
-    before = _held()
+    before = _held_after_collecting()
     with VmemCache(model.config, page_bytes=PAGE) as cache:
         _fill(cache, model, n_rows=8, n_tokens=200)
         during, stats = _held(), cache.stats()
@@ -214,6 +226,7 @@ def test_generating_over_and_over_does_not_grow(name: str, how: str) -> None:
 
 def test_the_growth_check_would_notice_a_cache_that_is_kept() -> None:
     model, kept, held = build_model("llama"), [], []
+    gc.collect()
     for _ in range(3):
         kept.append(VmemCache(model.config))
         _generate(model, kept[-1])
@@ -299,7 +312,7 @@ def test_views_that_a_user_keeps_hold_the_cache_open_and_stay_right(new_cache: N
 
 @contextmanager
 def _nothing_left_behind_of(cache: VmemCache) -> Iterator[None]:
-    before, stats = _held(), cache.stats()
+    before, stats = _held_after_collecting(), cache.stats()
     yield
     assert _held().shared_bytes <= before.shared_bytes - 0.95 * stats.live_bytes
     assert cache.stats().n_owned_pages == cache.stats().n_mappings == 0

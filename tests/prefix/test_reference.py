@@ -14,6 +14,7 @@ from vmem_kv.prefix import Entry, EvictionPolicy, Match, PrefixIndex, cost_aware
 from vmem_kv.prefix import index as index_module
 from vmem_kv.testing.clock import ManualClock
 
+from ..steady import STEADY
 from .reference import DOMAINS, KINDS, Mismatch, Operation, Pair, common, pair, random_operations
 
 POLICIES: dict[str, Callable[[], EvictionPolicy[int]]] = {
@@ -37,7 +38,7 @@ OPERATIONS = st.lists(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=60, deadline=None)
+@settings(STEADY, max_examples=60)
 @given(operations=OPERATIONS)
 def test_any_operations(policy: str, operations: list[Operation]) -> None:
     pair(POLICIES[policy]()).run(operations)
@@ -49,6 +50,7 @@ def test_many_operations(policy: str, seed: int) -> None:
     pair(POLICIES[policy]()).run(random_operations(seed, 400))
 
 
+@STEADY
 @given(
     left=st.lists(st.integers(0, 3), max_size=40),
     right=st.lists(st.integers(0, 3), max_size=40),

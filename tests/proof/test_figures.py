@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..core.subprocesses import ROOT
+from ..core.subprocesses import ROOT, TIMEOUT_S
 from ..figures import BEGIN, END, put_in
 from . import mistakes, test_sharing_mistakes
 from .mistakes import IN_A_SWEEP, IN_ANY_RUN
@@ -57,7 +57,7 @@ def run(folder: Path, *arguments: str) -> str:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr  # one of them fails

@@ -194,7 +194,7 @@ print("ended", progress.n_ops)
 
 
 def test_nothing_waits_for_ever() -> None:
-    done = run_python(WATCHED.format(limit=50, planted=""))
+    done = run_python(WATCHED.format(limit=400, planted=""))
     assert (done.returncode, done.stdout) == (0, "ended 6000\n"), done.stderr
 
 
@@ -202,11 +202,12 @@ def test_the_watchdog_sees_a_planted_deadlock() -> None:
     planted = """
 trim = PagePool.trim
 def stuck(pool, n_pages=None):
+    faulthandler.dump_traceback_later(4, exit=True)  # from here on, however long the machine took to come here
     with pool.lock:
         return trim(pool, n_pages)
 PagePool.trim = stuck
 """
-    done = run_python(WATCHED.format(limit=4, planted=planted))
+    done = run_python(WATCHED.format(limit=400, planted=planted))
     assert done.returncode != 0
     assert "Timeout" in done.stderr
     assert "in trim" in done.stderr

@@ -314,7 +314,7 @@ def test_random_bytes_are_a_trace_or_a_config_error(tmp_path: Path, seed: int) -
         at = rng.randrange(len(data) + 1)
         match rng.randrange(4):
             case 0:
-                data[at : at + 1] = os.urandom(1)
+                data[at : at + 1] = rng.randbytes(1)
             case 1:
                 data[at:at] = rng.choice([b",", b'"', b"\n", b"-", b"e9", b"[", b"{", b"nan", b"\xff", b"9" * 30])
             case 2:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -139,11 +140,11 @@ def test_a_failed_save_leaves_the_old_file(
 def test_every_changed_byte_and_every_missing_end_is_refused(tmp_path: Path) -> None:
     layers = [LayerSpec.uniform(1, 4, 2)] * 2
     layout = Layout.build("per_layer", layers, n_slots=2, max_tokens=16, page_bytes=PAGE)
-    bench, path = TierBench(backend="native"), tmp_path / "session"
+    bench, path, rng = TierBench(backend="native"), tmp_path / "session", random.Random(1)
     with bench.host.filling(layout, range(7)) as copy:
         for _, views in bench.host.rows(copy):
             for view in views:
-                view[:] = os.urandom(len(view))
+                view[:] = rng.randbytes(len(view))
     save(path, bench.host, copy, IDENTITY)
     data = path.read_bytes()
     bench.host.drop(copy)
