@@ -247,6 +247,7 @@ async def soak(server: ServerProcess, traffic: Traffic, options: argparse.Namesp
             n_before, n_threads = n_threads, server.n_threads()
             n_same = n_same + 1 if n_threads <= n_before else 0
     await traffic.pin()
+    await traffic.meet_sizes(options.max_len)
     await traffic.run(warm_s, options.clients)
     before = await asyncio.to_thread(server.look)
     samples: list[tuple[float, float]] = []

@@ -127,6 +127,20 @@ class Traffic:
                 response.raise_for_status()
                 self._pinned.append(_texts(response.json()))
 
+    async def meet_sizes(self, max_len: int) -> None:
+        """Send prompts of many lengths, one at a time: the libraries below keep something for each size they meet.
+
+        Raises:
+            httpx.HTTPError: The server does not answer.
+        """
+        async with self._client() as client:
+            for n_tokens in (*range(1, 64), *range(64, 513, 8)):
+                if n_tokens >= max_len:
+                    break
+                body = {"model": self._model, "prompt": [5] * n_tokens, "max_tokens": 1, "cache_salt": str(n_tokens)}
+                response = await client.post("/v1/completions", json=body)
+                response.raise_for_status()
+
     async def run(self, seconds: float, n_clients: int) -> None:
         """Let clients do what they do, for a while."""
         end_s = time.monotonic() + seconds

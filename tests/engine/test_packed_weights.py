@@ -31,9 +31,9 @@ def test_the_same_up_to_rounding(dtype: torch.dtype, n_rows: int, has_bias: bool
 def test_few_different_numbers_of_rows_are_computed() -> None:
     """oneDNN keeps a program, and memory, for each of them."""
     numbers = [_rounded_up(n) for n in range(513)]
-    assert len(set(numbers)) == 65 + 3 * 16
-    assert numbers[:65] == list(range(65))
-    assert all(n <= padded <= 1.0625 * n for n, padded in enumerate(numbers))
+    assert len(set(numbers)) == 17 + 5 * 8
+    assert numbers[:17] == list(range(17))
+    assert all(n <= padded <= 1.125 * n for n, padded in enumerate(numbers))
 
 
 def test_every_linear_layer_is_exchanged_and_put_back() -> None:
