@@ -8,6 +8,7 @@ recorded arrivals, or, with --session-gap or --starts, each session at its own r
 Budgets are shares of the memory that all distinct prompt tokens of the trace take together, so that traces of unlike
 sizes can be held against each other; the last one is without any bound. A hit rate is given as a share of the upper
 bound: what a cache would spare that never forgets, and in which every prompt is there before the next request comes.
+`prefix_tables` writes the tables of the results; --skip holds requests back that constants were chosen on.
 
 Results are written from a clean checkout only; `--allow-dirty` waives that, and is recorded.
 """
@@ -129,7 +130,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="llama-3-8b")
     add("--shares", type=float, nargs="*", default=[0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0], metavar="SHARE")
     add("--speed", type=float, default=16.0, help="of the simulated device; see vmem-kv replay")
-    add("--requests", type=int, metavar="N", help="take the first N of each trace, in the order of arrival")
+    add("--requests", type=int, metavar="N", help="take N of each trace, in the order of arrival")
+    add("--skip", type=float, default=0.0, metavar="PART", help="leave out the first part of each trace, e.g. 0.5")
+    add("--policies-only", action="store_true", help="leave out host tiers, other layouts and memory without a bound")
     add("--starts", type=Path, metavar="FILE", help="CSV of session_id,start_s: when sessions start")
     add("--session-gap", type=float, metavar="SECONDS", help="sessions start so far apart, in the trace's order")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -147,9 +150,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
     bounded = [
         Case(share, policy, has_host, LAYOUTS[0])
         for share in options.shares
-        for has_host in (False, True)
+        for has_host in ((False,) if options.policies_only else (False, True))
         for policy in PREFIX_POLICIES
     ]
+    if options.policies_only:
+        return bounded
     middle = options.shares[len(options.shares) // 2]
     return [
         *bounded,
@@ -159,10 +164,12 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def prepare(path: Path, options: argparse.Namespace, folder: Path) -> Subject:
-    """Check a trace, put its sessions on one clock if that was asked for, and find its bound."""
+    """Check a trace, put its sessions on one clock and cut it if that was asked for, and find its bound."""
     name = trace_name(path)
     if options.starts or options.session_gap is not None:
         path = with_starts(path, options, folder)
+    if options.skip:
+        path = without_first(path, options.skip, folder)
     traffic = make_traffic(
         path, Load.RECORDED, PolicyName.FCFS, max_requests=options.requests, patience_s=None, speed=options.speed
     )
@@ -174,10 +181,7 @@ def prepare(path: Path, options: argparse.Namespace, folder: Path) -> Subject:
 
 def with_starts(path: Path, options: argparse.Namespace, folder: Path) -> Path:
     """Write a trace of the normalised form anew: each session at its own pace from a start of its own."""
-    with open_trace(Place(path)) as raw:
-        lines = raw.read().decode().splitlines()
-    comments = [line for line in lines if line.startswith("#")]
-    header, *rest = csv.reader(line for line in lines if line and not line.startswith("#"))
+    comments, header, rest = read_rows(path)
     at, session = header.index("arrival_s"), header.index("session_id")
     if options.starts:
         with options.starts.open(newline="") as file:
@@ -197,11 +201,35 @@ def with_starts(path: Path, options: argparse.Namespace, folder: Path) -> Path:
         start = start_s[name] if name in start_s else start_s[whole]
         cells[at] = repr(round(float(cells[at]) - first_s.get(whole, first_s[name]) + start, 3))
     rest.sort(key=lambda cells: float(cells[at]))
-    merged = folder / f"{trace_name(path)}.csv"
-    with merged.open("w", newline="") as file:
+    return write_rows(folder / f"{trace_name(path)}.csv", comments, [header, *rest])
+
+
+def without_first(path: Path, part: float, folder: Path) -> Path:
+    """Write a trace of the normalised form anew, without the first part of its requests.
+
+    Raises:
+        ConfigError: The part is not from 0 to less than 1.
+    """
+    if not 0 <= part < 1:
+        raise ConfigError(f"--skip {part} leaves nothing; give a part of the requests from 0 to less than 1")
+    comments, header, rest = read_rows(path)
+    return write_rows(folder / f"{trace_name(path)}.csv", comments, [header, *rest[int(part * len(rest)) :]])
+
+
+def read_rows(path: Path) -> tuple[list[str], list[str], list[list[str]]]:
+    """Return comments, header and rows of a trace of the normalised form."""
+    with open_trace(Place(path)) as raw:
+        lines = raw.read().decode().splitlines()
+    header, *rest = csv.reader(line for line in lines if line and not line.startswith("#"))
+    return [line for line in lines if line.startswith("#")], header, rest
+
+
+def write_rows(path: Path, comments: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
+    """Write a trace of the normalised form; return where."""
+    with path.open("w", newline="") as file:
         file.write("\n".join(comments) + "\n")
-        csv.writer(file, lineterminator="\n").writerows([header, *rest])
-    return merged
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    return path
 
 
 def play(subject: Subject, case: Case, options: argparse.Namespace) -> dict[str, Any] | None:

@@ -129,7 +129,7 @@ class Pair:
         if pinned:
             key = pinned[op.pick % len(pinned)]
             self.known[key].n_pins -= 1
-            self.index.unpin(key)
+            self.index.unpin(key, was_used=bool(op.n % 2))
 
     def evict(self, op: Operation) -> None:
         n_freed = self.index.evict(op.n, self.give_up)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vmem_kv.errors import ConfigError, InvariantError, UsageError
-from vmem_kv.prefix import Match, PrefixIndex, Use
+from vmem_kv.prefix import Entry, History, Match, PrefixIndex, Use
 from vmem_kv.testing.clock import ManualClock
 
 from .reference import Spy, pair
@@ -184,6 +184,27 @@ def test_pins_count() -> None:
     index.unpin(1)
     assert spy.told[-1] == ("added", 1)
     assert index.stats().n_held_pages == 3
+
+
+@pytest.mark.parametrize(("was_used", "age"), [(True, 0.0), (False, 5.0)])
+def test_sparing_an_entry_is_no_use_of_it(was_used: bool, age: float) -> None:
+    ages: list[float] = []
+
+    class Learns(Spy):
+        def used(self, entry: Entry[int], before: object, is_own: bool) -> None:
+            assert isinstance(before, History)
+            ages.append(before.age)
+
+    clock = ManualClock()
+    index = PrefixIndex[int](10, clock, Learns())
+    entry = index.insert("a", [1, 2], 1, 3)
+    clock.advance(5)
+    match = index.match("a", [1, 2])
+    index.pin(1)
+    index.unpin(1, was_used=was_used)
+    index.record(match, entry)
+    assert ages == [age]
+    assert entry.last_used_at == clock()
 
 
 def test_a_policy_that_names_what_is_in_use_is_stopped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -182,11 +183,43 @@ def test_what_was_seen_is_believed() -> None:
     assert estimate.chance(never) > estimate.chance(often)
 
 
+def test_before_anything_is_seen_the_chance_falls_with_age() -> None:
+    estimate = ReuseEstimate()
+    chances = [estimate.chance(History(0, False, 10, 2.0**n)) for n in range(12)]
+    assert chances == pytest.approx([chances[0] / 2**n for n in range(12)])
+
+
+def test_ages_at_which_nobody_comes_back_are_learnt() -> None:
+    """Sessions come back after 64 to 128, or not at all: who is older is worth little, who is younger is waited for."""
+
+    def at(age: float) -> float:
+        return estimate.chance(History(0, False, 10, age))
+
+    estimate = ReuseEstimate()
+    for n in range(400):
+        estimate.saw_end(History(0, False, 10, 70.0 + n % 50), is_hit=True)
+        estimate.saw_end(History(0, False, 10, 500.0), is_hit=False)
+    assert at(16) == at(100), "an entry on its way there has no less"
+    assert at(100) > 100 * at(200), "before anything was seen this was twice"
+    assert at(200) >= at(400)
+
+
+def test_no_older_entry_of_a_group_has_a_greater_chance() -> None:
+    rng = random.Random(3)
+    estimate = ReuseEstimate()
+    for _ in range(2000):
+        estimate.saw_end(History(rng.randrange(5), False, 10, rng.lognormvariate(3, 3)), is_hit=rng.random() < 0.3)
+        if rng.random() < 0.05:
+            ages = sorted(rng.lognormvariate(3, 4) for _ in range(20))
+            chances = [estimate.chance(History(1, False, 10, age)) for age in ages]
+            assert chances == sorted(chances, reverse=True)
+
+
 def test_groups_and_ages_that_nobody_saw_are_like_all() -> None:
     estimate = ReuseEstimate()
     for _ in range(64):
         estimate.saw_end(History(0, False, 10, 5.0), is_hit=True)
-    assert estimate.chance(History(0, True, 10**6, 4.0)) == pytest.approx(1 / 16)
+    assert estimate.chance(History(0, True, 10**6, 4.0)) == pytest.approx(estimate.chance(History(0, False, 10, 4.0)))
     for age in (0.0, 1e-9, 1e30):
         estimate.saw_end(History(0, False, 10, age), is_hit=False)
         assert estimate.chance(History(0, False, 10, age)) > 0

@@ -82,6 +82,32 @@ def test_gains_are_means_over_budgets_without_a_host_in_the_first_layout() -> No
     assert prefix_traces.gains(rows, lambda each: each["x"]) == {"t": 1.0}
 
 
+def test_requests_that_are_skipped_are_not_remembered(tmp_path: Path) -> None:
+    path = sessions(tmp_path, 2, 3)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    found = prefix_traces.without_first(path, 0.4, folder)
+    assert found.read_text() == HEADER + "\n".join(path.read_text().splitlines()[4:]) + "\n"
+    words = ["--policies-only", "--shares", "1", "--skip"]
+    record = prefix_traces.main([str(path), *words, "0.4"])
+    assert {row["n_requests"] for row in record["rows"]} == {4}
+    # The first session has its last prompt of 192 tokens left, the second one all: 64 + 128 of 64 + 128 + 192.
+    assert {row["bound"] for row in record["rows"]} == {(64 + 128) / (192 + 64 + 128 + 192)}
+    for wrong in ("1", "-0.1", "nan"):
+        with pytest.raises(ConfigError, match="leaves nothing"):
+            prefix_traces.main([str(path), *words, wrong])
+
+
+def test_policies_alone_are_compared_in_few_runs(tmp_path: Path) -> None:
+    words = [str(sessions(tmp_path)), "--session-gap", "0.3", "--shares", "0.6", "1", "--policies-only"]
+    record = prefix_traces.main(words)
+    assert [(row["share"], row["policy"], row["has_host"]) for row in record["rows"]] == [
+        (share, policy, False) for share in (0.6, 1) for policy in ("lru", "cost")
+    ]
+    reached, tokens, _ = record["targets"]
+    assert (reached["verdict"], len(tokens["points"])) == ("not measured", 1)
+
+
 def test_a_trace_that_shares_nothing_is_refused(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,50,50\n")

@@ -19,6 +19,8 @@ from vmem_kv.errors import (
     UsageError,
 )
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
+from vmem_kv.prefix import Entry, EvictionPolicy, History
+from vmem_kv.prefix.policy import FreedBy
 from vmem_kv.replay.memory import Key
 from vmem_kv.replay.schedule import Replay
 from vmem_kv.replay.sharing import PREFIX_POLICIES, SharingMemory
@@ -201,6 +203,41 @@ def test_a_branch_shares_full_stripes_and_copies_the_rest() -> None:
     assert shared.stripes.n_mapped_stripes == 6
     assert (shared.counts.n_device_copies, shared.counts.device_copy_bytes) == (1, 4 * 512)
     assert shared.counts.n_forked == 1
+
+
+class Notes(EvictionPolicy[int]):
+    """Notes what it is told of uses."""
+
+    def __init__(self) -> None:
+        self.ages: list[float] = []
+        self.n_hits: list[int] = []
+
+    def added(self, entry: Entry[int]) -> None:
+        self.n_hits.append(entry.n_hits)
+
+    def withdrawn(self, entry: Entry[int]) -> None: ...
+
+    def used(self, entry: Entry[int], before: History, is_own: bool) -> None:
+        self.ages.append(before.age)
+
+    def evicted(self, entry: Entry[int], now: float) -> None: ...
+
+    def changed(self, entry: Entry[int]) -> None: ...
+
+    def victim(self, now: float, freed_by: FreedBy[int]) -> Entry[int] | None:
+        return None
+
+
+def test_a_policy_learns_how_old_a_fork_s_source_is_and_the_fork_goes_on_with_its_hits() -> None:
+    notes = Notes()
+    shared = memory(100, make_policy=lambda: notes)
+    go(shared, ask(24, 1, 2, 3))
+    for other in range(4):
+        go(shared, ask(16, 10 * other + 10, 10 * other + 11))
+    go(shared, ask(32, 1, 2, 8, 9))
+    assert notes.ages == [4.0], "four others began since: sparing the source meanwhile was no use"
+    assert shared.counts.n_forked == 1
+    assert notes.n_hits[-1] == 1
 
 
 def test_planes_share_alike() -> None:

@@ -262,8 +262,13 @@ class PrefixIndex(Generic[K]):
             self._withdraw(entry)
         entry.n_pins += 1
 
-    def unpin(self, key: K) -> None:
-        """Take one pin back. Without any left, the entry was used until now, and may be evicted and adopted again.
+    def unpin(self, key: K, *, was_used: bool = True) -> None:
+        """Take one pin back. Without any left, the entry may be evicted and adopted again.
+
+        Args:
+            key: The entry.
+            was_used: Whether it was used until now. False for one that was pinned only to be spared meanwhile: the time
+                of its last use stays, and what is recorded next finds the age that it had.
 
         Raises:
             UsageError: There is no such entry, or it has no pin.
@@ -273,7 +278,7 @@ class PrefixIndex(Generic[K]):
             raise UsageError(f"{entry!r} is not pinned; unpin once for each pin")
         entry.n_pins -= 1
         if entry.n_pins == 0:
-            self._release(entry)
+            self._release(entry, was_used=was_used)
 
     # Giving up
 
@@ -412,8 +417,9 @@ class PrefixIndex(Generic[K]):
                     for entry in one.ends.values():
                         self._policy.changed(entry)
 
-    def _release(self, entry: Entry[K]) -> None:
-        entry.last_used_at = self._clock()
+    def _release(self, entry: Entry[K], *, was_used: bool = True) -> None:
+        if was_used:
+            entry.last_used_at = self._clock()
         self._n_unused_pages += entry.n_pages
         self._policy.added(entry)
 

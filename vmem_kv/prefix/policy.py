@@ -89,9 +89,9 @@ class RecencyRanking(Ranking[K]):
 class ValueRanking(Ranking[K]):
     """Least expected saving for each page first.
 
-    Entries of one kind (how often used, how long) are kept in the order of their last use, and only the oldest of each
-    kind are compared, with their values as of now: the choice takes time in proportion to the kinds and not to the
-    entries, though every value changes as time passes.
+    Entries of one kind (how used, how long by powers of two) are kept in the order of their last use, and only the
+    oldest of each kind are compared, with their values as of now: no younger one has less of a chance. So the choice
+    takes time in proportion to the kinds and not to the entries, though every value changes as time passes.
     """
 
     def __init__(self, estimate: ReuseEstimate, cost: RecomputeCost) -> None:

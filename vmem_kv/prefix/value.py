@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeAlias
 
 from vmem_kv.errors import ConfigError
@@ -18,10 +19,7 @@ _N_AGES = 64
 _LEAST_EXPONENT = -16
 
 _ENDS_PER_LOOK = 64
-"""The weights are computed again after so many ends."""
-
-_LEAST_AGE = math.ldexp(1.0, _LEAST_EXPONENT + 1)
-"""Younger entries are taken to be so old."""
+"""Rates and weights are computed again after so many ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +60,14 @@ def group_of(history: History) -> Group:
 class ReuseEstimate:
     """The chance that an entry is used soon, by what is known of its use, its length, and how long ago it was used.
 
-    Two factors. Age: the chance falls with its square, whatever the entry: alone, the order of least recent use.
+    Two factors, both learnt from what is seen.
+
+    Age: hits over time spent, at each age (by powers of two), of all entries. Where an age has more than the younger
+    ones, those are given as much: an entry on its way there is kept until it has been there.
     Group (see `group_of`): the hits that its entries had, over those that they would have had if they were like all
     entries at the same ages. One number a group is learnt from few events, where a curve for each would be noise.
+
+    Before anything is seen the chance falls with age, so that the least recently used entry has the least.
 
     Args:
         half_life: After so many ends everything seen before counts half.
@@ -82,7 +85,8 @@ class ReuseEstimate:
         self._n_ends = 0
         self._all = _Seen()
         self._seen: dict[Group, _Seen] = {}
-        self._weights: dict[Group, float] = {}  # computed when asked for, and forgotten now and then
+        self._rates: list[float] = []  # by age; computed when asked for, and forgotten now and then
+        self._weights: dict[Group, float] = {}  # likewise
 
     def saw_end(self, history: History, *, is_hit: bool) -> None:
         """Learn that an entry with this history was used again, or was not until then: it was given up, for example."""
@@ -93,15 +97,21 @@ class ReuseEstimate:
             for seen in (self._all, *self._seen.values()):
                 seen.halve()
         if self._n_ends % _ENDS_PER_LOOK == 0:
+            self._rates = []
             self._weights.clear()
 
     def chance(self, history: History) -> float:
-        """Return a number in proportion to the chance that such an entry is used in the next moment."""
+        """Return a number in proportion to the chance that such an entry is used in the next moment.
+
+        Of two entries in one group the younger one has no less.
+        """
+        if not self._rates:
+            self._rates = self._all.rates()
         group = group_of(history)
         weight = self._weights.get(group)
         if weight is None:
             weight = self._weights[group] = self._weight(self._seen.get(group))
-        return weight / max(history.age, _LEAST_AGE) ** 2
+        return weight * self._rates[_age_index(history.age)]
 
     def _weight(self, seen: _Seen | None) -> float:
         if seen is None:
@@ -129,9 +139,22 @@ class _Seen:
         self.hits = [value / 2 for value in self.hits]
         self.time = [value / 2 for value in self.time]
 
+    def rates(self) -> list[float]:
+        """Return hits for each unit of time, by age, that do not rise with it.
+
+        One hit is added at every age, in the time that it takes if rates are as 1 / age: this decides where little was
+        seen.
+        """
+        n_hits = sum(self.hits)
+        spent = sum(time / age for time, age in zip(self.time, _MIDDLES, strict=True))
+        scale = n_hits / spent if n_hits > 0 and spent > 0 else 1.0
+        seen = zip(self.hits, self.time, _MIDDLES, strict=True)
+        rates = [(hits + 1) / (time + age / scale) for hits, time, age in seen]
+        return list(accumulate(reversed(rates), max))[::-1]
+
 
 def _age_index(age: float) -> int:
-    if age < _LEAST_AGE:
+    if age < _end(0):
         return 0
     return min(math.frexp(age)[1] - 1 - _LEAST_EXPONENT, _N_AGES - 1)
 
@@ -146,3 +169,6 @@ def _end(index: int) -> float:
 
 def _width(index: int) -> float:
     return _end(index) - _begin(index)
+
+
+_MIDDLES = [(_begin(index) + _end(index)) / 2 for index in range(_N_AGES)]

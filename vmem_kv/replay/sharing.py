@@ -33,8 +33,7 @@ from vmem_kv.errors import (
     OutOfSlots,
 )
 from vmem_kv.layout import Layout
-from vmem_kv.prefix import EvictionPolicy, PrefixIndex, cost_aware, lru
-from vmem_kv.prefix.value import RecomputeCost
+from vmem_kv.prefix import EvictionPolicy, PrefixIndex, RecomputeCost, Use, cost_aware, lru
 from vmem_kv.replay.host_tier import HostTier
 from vmem_kv.replay.memory import Key, Shortage
 from vmem_kv.replay.sharing_slots import Slots
@@ -176,6 +175,7 @@ class SharingMemory:
         self._n_running_stripes = 0  # their sum
         self._request_of: dict[int, Request] = {}  # of all slots, the last one that ran there
         self._new: dict[int, array[int]] = {}  # prompts that this step computes: nobody finds them yet
+        self._built_on: dict[int, Use] = {}  # what those of forks go on with
         self._looked_up: tuple[Request, array[int]] | None = None
 
     @property
@@ -362,7 +362,7 @@ class SharingMemory:
             self._make_room(n_more)
         except CapacityError:
             self.stripes.rest(key)
-            self.index.unpin(key)
+            self.index.unpin(key, was_used=False)
             raise
         self.index.record(match, self.index[key])
         self._grow_books(key, n_more)
@@ -380,7 +380,7 @@ class SharingMemory:
         n_shared = self._n_full_stripes(plan.n_device_tokens)
         match = self.index.match("", plan.wanted)
         if source is not None and self._has_room_beside(source, n_shared, self._n_stripes(n_tokens) - n_shared):
-            self.index.record(match, match.entry)
+            self._built_on[key] = self.index.record(match, match.entry)
             self.stripes.begin(key)
             self.stripes.fork(source, key, n_shared)
             self.slots.fork(source, key, plan.n_device_tokens)
@@ -410,7 +410,7 @@ class SharingMemory:
         except CapacityError:
             return False
         finally:
-            self.index.unpin(source)
+            self.index.unpin(source, was_used=False)
         return True
 
     def _restore(self, plan: _Plan, n_tokens: int, *, is_first: bool) -> None:
@@ -429,8 +429,10 @@ class SharingMemory:
             if key in self.index:
                 self.index.extend(key, prompt[self.index[key].n_tokens :], n_pages)
             elif prompt:
-                self.index.insert("", prompt, key, n_pages, is_pinned=True)
+                use = self._built_on.get(key)
+                self.index.insert("", prompt, key, n_pages, built_on=use, is_pinned=True)
         self._new.clear()
+        self._built_on.clear()
 
     # Memory
 
