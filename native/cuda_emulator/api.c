@@ -233,14 +233,18 @@ ENTRY(cuMemRetainAllocationHandle, (CUmemGenericAllocationHandle * handle, void 
 ENTRY(cuPointerGetAttribute, (void *value, int attribute, CUdeviceptr address),
       memory_pointer_attribute(value, attribute, address))
 
+static uint64_t number(const void *pointer) {
+    return (uint64_t)(uintptr_t)pointer;
+}
+
+ENTRY(cuMemHostRegister, (void *address, size_t n_bytes, unsigned flags),
+      pinned_register(number(address), n_bytes, flags))
+ENTRY(cuMemHostUnregister, (void *address), pinned_unregister(number(address)))
+
 /* ---- fills and copies: a synchronous form queues on the default stream, and a copy waits there ---- */
 
 static CUresult then_wait(CUresult queued) {
     return queued != CUDA_SUCCESS ? queued : stream_synchronize(0);
-}
-
-static uint64_t number(const void *pointer) {
-    return (uint64_t)(uintptr_t)pointer;
 }
 
 ENTRY(cuMemsetD8, (CUdeviceptr target, unsigned char value, size_t n), stream_fill(0, target, value, 1, n))

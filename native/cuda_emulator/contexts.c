@@ -132,8 +132,8 @@ CUresult primary_context_release(CUdevice device) {
     if (state.devices[device].n_retained == 0) {
         return broken(RULE_CONTEXT_RETAINED, "nobody retained the context of device %d", device);
     }
-    if (state.devices[device].n_retained == 1 && streams_left(device)) {
-        return broken(RULE_CONTEXT_IDLE, "device %d has streams, events or unfinished work", device);
+    if (state.devices[device].n_retained == 1 && (streams_left(device) || pinned_left(device))) {
+        return broken(RULE_CONTEXT_IDLE, "device %d has streams, events, registered memory or unfinished work", device);
     }
     state.devices[device].n_retained--;
     return CUDA_SUCCESS;

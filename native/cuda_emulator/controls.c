@@ -11,13 +11,22 @@
 
 enum { UNKNOWN_NAME = 1, BAD_VALUE = 2, SOMETHING_LIVES = 3, FORKED = 4 };
 
-enum Setting { MEMORY_BYTES, MAX_LIVE_MAPPINGS, GRANULARITY, N_DEVICES, VIRTUAL_MEMORY, ZERO_NEW_PAGES, STICKY };
+enum Setting {
+    MEMORY_BYTES,
+    MAX_LIVE_MAPPINGS,
+    GRANULARITY,
+    N_DEVICES,
+    VIRTUAL_MEMORY,
+    ZERO_NEW_PAGES,
+    STICKY,
+    PINNED_BYTES
+};
 
-enum Count { HANDLES, MAPPINGS, RESERVATIONS, STREAMS, EVENTS, CONTEXTS, VIOLATIONS, UNFINISHED };
+enum Count { HANDLES, MAPPINGS, RESERVATIONS, STREAMS, EVENTS, CONTEXTS, PINNED, VIOLATIONS, UNFINISHED };
 
 /* Bumped whenever a signature or its meaning changes; the Python side refuses any other number. */
 EXPORTED int vmem_emulator_abi(void) {
-    return 2;
+    return 3;
 }
 
 /* Let calls be found and do something. Refused beside an NVIDIA device: the library stays inert there. */
@@ -121,6 +130,8 @@ static uint64_t count(enum Count what) {
             n += state.devices[i].n_retained;
         }
         return n;
+    case PINNED:
+        return pinned_count();
     case VIOLATIONS:
         return state.n_violations;
     case UNFINISHED:
@@ -130,7 +141,7 @@ static uint64_t count(enum Count what) {
 }
 
 static bool something_lives(void) {
-    for (int what = HANDLES; what <= CONTEXTS; what++) {
+    for (int what = HANDLES; what <= PINNED; what++) {
         if (count((enum Count)what) > 0) {
             return true;
         }
@@ -169,6 +180,9 @@ static int set(enum Setting setting, uint64_t value) {
         return 0;
     case ZERO_NEW_PAGES:
         state.zero_new_pages = value != 0;
+        return 0;
+    case PINNED_BYTES:
+        state.max_pinned_bytes = value;
         return 0;
     case STICKY:
         state.sticky = (CUresult)value;
@@ -299,6 +313,7 @@ EXPORTED int vmem_emulator_reset(int force) {
     state.epoch++;
     streams_reset();
     memory_reset();
+    pinned_reset();
     for (int i = 0; i < MAX_DEVICES; i++) {
         state.devices[i].n_retained = 0;
     }

@@ -38,6 +38,8 @@ typedef struct Device *CUcontext; /* the primary context of that device; there a
     X(ERROR_ILLEGAL_ADDRESS, 700, "an illegal address was touched")                                                    \
     X(ERROR_LAUNCH_TIMEOUT, 702, "a launch ran too long")                                                              \
     X(ERROR_CONTEXT_IS_DESTROYED, 709, "the context is destroyed")                                                     \
+    X(ERROR_HOST_MEMORY_ALREADY_REGISTERED, 712, "host memory is registered already")                                  \
+    X(ERROR_HOST_MEMORY_NOT_REGISTERED, 713, "host memory is not registered")                                          \
     X(ERROR_ILLEGAL_INSTRUCTION, 715, "an illegal instruction was met")                                                \
     X(ERROR_MISALIGNED_ADDRESS, 716, "a misaligned address was touched")                                               \
     X(ERROR_LAUNCH_FAILED, 719, "a launch failed")                                                                     \
@@ -60,6 +62,7 @@ typedef enum {
 
 enum { MEM_ALLOCATION_TYPE_PINNED = 1, MEM_LOCATION_TYPE_DEVICE = 1 };
 enum { MEM_ACCESS_NONE = 0, MEM_ACCESS_READ = 1, MEM_ACCESS_READWRITE = 3 };
+enum { HOST_REGISTER_PORTABLE = 1 };
 enum { STREAM_NON_BLOCKING = 1, STREAM_LEGACY = 1, STREAM_PER_THREAD = 2 };
 enum { EVENT_DISABLE_TIMING = 2, EVENT_INTERPROCESS = 4, EVENT_FLAGS = 7 };
 enum { CAPTURE_NONE = 0, CAPTURE_ACTIVE = 1 };

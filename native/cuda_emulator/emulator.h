@@ -3,6 +3,7 @@
  *   api.c       the entry points that callers resolve, and what every one of them checks first
  *   contexts.c  devices, primary contexts, each thread's stack of contexts
  *   memory.c    reservations, handles, mappings, access: a memfd per device under mmap
+ *   pinned.c    registered host memory
  *   streams.c   streams, events, queued work
  *   state.c     the state itself, rule violations, live ids
  *   controls.c  what tests turn: planned failures, limits, held streams, counts
@@ -70,6 +71,8 @@ enum Needs {
     X(cuMemGetAccess, VIRTUAL)                                                                                         \
     X(cuMemRetainAllocationHandle, VIRTUAL)                                                                            \
     X(cuPointerGetAttribute, CONTEXT)                                                                                  \
+    X(cuMemHostRegister, CONTEXT)                                                                                      \
+    X(cuMemHostUnregister, CONTEXT)                                                                                    \
     X(cuMemsetD8, CONTEXT)                                                                                             \
     X(cuMemsetD8Async, CONTEXT)                                                                                        \
     X(cuMemsetD32, CONTEXT)                                                                                            \
@@ -166,6 +169,7 @@ struct State {
     uint64_t memory_bytes; /* of each device */
     uint64_t max_mappings; /* accessible ones, of all devices together */
     uint64_t granularity_bytes;
+    uint64_t max_pinned_bytes; /* host memory that may be registered */
     bool virtual_memory;
     bool zero_new_pages;
     CUresult sticky;
@@ -229,6 +233,16 @@ bool memory_is_accessible(int device, uint64_t address, size_t n_bytes, int acce
 uint64_t memory_n_mappings(void);
 uint64_t memory_n_reservations(void);
 void memory_reset(void);
+
+/* pinned.c */
+CUresult pinned_register(uint64_t address, size_t n_bytes, unsigned flags);
+CUresult pinned_unregister(uint64_t address);
+bool pinned_at(uint64_t address);
+bool pinned_cuts(uint64_t address, size_t n_bytes); /* a range is registered in part, or lies in two of them */
+uint64_t pinned_count(void);
+uint64_t pinned_bytes(void);
+bool pinned_left(int device); /* registered in its context */
+void pinned_reset(void);
 
 /* streams.c */
 enum Side { HOST, DEVICE, EITHER };

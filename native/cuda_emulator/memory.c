@@ -516,7 +516,11 @@ CUresult memory_retain_handle(CUmemGenericAllocationHandle *handle, CUdeviceptr 
 /* An address outside of everything is an honest question, not a broken rule. */
 CUresult memory_pointer_attribute(void *value, int attribute, CUdeviceptr address) {
     enum { MEMORY_TYPE = 2, DEVICE_ORDINAL = 9, RANGE_START_ADDR = 11, RANGE_SIZE = 12, MAPPED = 13 };
-    enum { MEMORY_TYPE_DEVICE = 2 };
+    enum { MEMORY_TYPE_HOST = 1, MEMORY_TYPE_DEVICE = 2 };
+    if (value != NULL && attribute == MEMORY_TYPE && pinned_at(address)) {
+        *(unsigned *)value = MEMORY_TYPE_HOST;
+        return CUDA_SUCCESS;
+    }
     size_t i = first_reservation_behind(address);
     if (value == NULL || i == n_reservations || reservations[i].start > address) {
         return CUDA_ERROR_INVALID_VALUE;

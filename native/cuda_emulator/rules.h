@@ -14,7 +14,8 @@
       "and the state of events (stricter: also for memory handles and mappings)")                                      \
     X(CONTEXT_RETAINED, ERROR_INVALID_CONTEXT, "only a retained primary context is released or made current")          \
     X(CONTEXT_IDLE, ERROR_INVALID_VALUE,                                                                               \
-      "the last release of a context leaves no stream, event or unfinished work of it behind (stricter)")              \
+      "the last release of a context leaves no stream, event, registered host memory or unfinished work of it "        \
+      "behind (stricter)")                                                                                             \
     X(DEVICE, ERROR_INVALID_DEVICE, "a device argument names an existing device")                                      \
     X(VALUE, ERROR_INVALID_VALUE,                                                                                      \
       "pointers for results are given; flags, kinds, properties and locations are known values (stricter: memory is "  \
@@ -32,11 +33,19 @@
     X(ACCESS_DEVICE, ERROR_INVALID_VALUE, "memory is made accessible to its own device only (stricter: no peers)")     \
     X(TOUCH, ERROR_INVALID_VALUE,                                                                                      \
       "fills and copies stay on mapped memory that the current context's device has access to")                        \
-    X(COPY, ERROR_INVALID_VALUE, "a copy goes the way its name says, between ranges that do not overlap (stricter)")   \
+    X(COPY, ERROR_INVALID_VALUE,                                                                                       \
+      "a copy goes the way its name says, between ranges that do not overlap, and crosses no end of registered host "  \
+      "memory (stricter)")                                                                                             \
     X(IN_USE, ERROR_INVALID_VALUE,                                                                                     \
-      "no unfinished work uses memory that is unmapped or released, or loses access (stricter)")                       \
+      "no unfinished work uses memory that is unmapped, released or unregistered, or loses access (stricter)")         \
     X(FREE_EXACT, ERROR_INVALID_VALUE, "a reservation is freed exactly as it was reserved")                            \
     X(FREE_EMPTY, ERROR_INVALID_VALUE, "nothing is mapped in a reservation that is freed (stricter)")                  \
+    X(HOST_RANGE, ERROR_INVALID_VALUE,                                                                                 \
+      "registered host memory is whole OS pages of this process, none of them a device's, and stays until it is "      \
+      "unregistered (stricter)")                                                                                       \
+    X(HOST_FREE, ERROR_HOST_MEMORY_ALREADY_REGISTERED, "no host memory is registered twice, not even in part")         \
+    X(HOST_REGISTERED, ERROR_HOST_MEMORY_NOT_REGISTERED,                                                               \
+      "host memory is unregistered once, by the address that it was registered with")                                  \
     X(RESOURCE, ERROR_INVALID_HANDLE, "a stream or an event is live, and belongs to the context it is used in")
 
 enum Rule {

@@ -44,6 +44,7 @@ void state_init(void) {
     state.memory_bytes = UINT64_C(2) << 30;
     state.max_mappings = 30000; /* each may cost the process two of the 65,530 that Linux allows it */
     state.granularity_bytes = UINT64_C(2) << 20;
+    state.max_pinned_bytes = UINT64_MAX;
     state.virtual_memory = true;
     state.zero_new_pages = false;
     state.sticky = CUDA_SUCCESS;

@@ -336,6 +336,10 @@ static CUresult side_checked(uint64_t address, size_t n_bytes, enum Side side, i
     if (side == HOST && address == 0) {
         return broken(RULE_VALUE, "no host memory");
     }
+    if (!is_device && pinned_cuts(address, n_bytes)) {
+        return broken(RULE_COPY, "%#zx bytes at %#llx cross the end of a registered range", n_bytes,
+                      (unsigned long long)address);
+    }
     return side == DEVICE || is_device ? touch_checked(address, n_bytes, access) : CUDA_SUCCESS;
 }
 

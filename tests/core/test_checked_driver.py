@@ -14,6 +14,8 @@ from vmem_kv.errors import DriverError, UsageError
 from vmem_kv.testing import FaultyDriver, fail_kind
 
 PAGE = mmap.PAGESIZE
+PINNED = 1 << 30
+"""An address of the host. Nothing is there, and the host driver does not look."""
 
 
 class Setting:
@@ -33,6 +35,7 @@ class Setting:
         self.driver.create(2 * PAGE, [self.at(4)], self.large)
         self.driver.map(2 * PAGE, [self.at(4)], self.large)
         self.spare = self.handles[3]
+        self.driver.pin(PINNED, 2 * PAGE)
 
     def at(self, page_index: int) -> int:
         return self.base + page_index * PAGE
@@ -42,6 +45,10 @@ class Setting:
         self.driver.release(PAGE, self.handles)
         self.driver.release(2 * PAGE, self.large)
         self.driver.free_reservation(self.reservation)
+        assert self.driver.n_pinned == 1
+        with pytest.raises(UsageError, match="1 pinned"):
+            self.driver.close()
+        self.driver.unpin(PINNED)
         assert self.host.physical_bytes() == 0
         self.driver.close()
 
@@ -83,6 +90,13 @@ BREACHES: dict[str, tuple[str, Callable[[Setting], object]]] = {
     "release an unknown handle": ("no live page", lambda s: s.driver.release(PAGE, [Handle(7)])),
     "scrub before access": ("before set_access", lambda s: s.driver.scrub([(s.at(4), 2 * PAGE)])),
     "scrub a hole": ("no mapping begins", lambda s: s.driver.scrub([(s.at(8), PAGE)])),
+    "pin a part of an OS page": ("no whole OS pages", lambda s: s.driver.pin(PAGE, PAGE // 2)),
+    "pin from the middle of an OS page": ("no whole OS pages", lambda s: s.driver.pin(PAGE + 8, PAGE)),
+    "pin nothing": ("no whole OS pages", lambda s: s.driver.pin(PAGE, 0)),
+    "pin what is pinned": ("some are pinned", lambda s: s.driver.pin(PINNED - PAGE, 2 * PAGE)),
+    "pin what is pinned, from its end on": ("some are pinned", lambda s: s.driver.pin(PINNED + PAGE, 2 * PAGE)),
+    "unpin what is not pinned": ("no pinned range", lambda s: s.driver.unpin(PINNED - PAGE)),
+    "unpin from the middle of what is pinned": ("no pinned range", lambda s: s.driver.unpin(PINNED + PAGE)),
     "close with pages left": ("left", lambda s: s.driver.close()),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -207,6 +208,17 @@ class SmallPagesOnly(HostDriver):
         super().create(page_bytes, places, created)
 
 
+class CopiesNothingToPinnedMemory(HostDriver):
+    _pinned = range(0)
+
+    def pin(self, address: int, n_bytes: int) -> None:
+        self._pinned = range(address, address + n_bytes)
+
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        is_pinned = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) in self._pinned
+        return self.fence() if is_pinned else super().copy_to_host(address, buffer)
+
+
 class OneThreadOnly(HostDriver):
     def bind_thread(self) -> None:
         raise UsageError("this driver has one thread")
@@ -244,6 +256,7 @@ BROKEN: dict[type[HostDriver], str] = {
     ScrubsTooMuch: "scrub: fills its spans",
     CopiesTooMuch: "copy: moves bytes",
     ReadsFromElsewhere: "copy_from_host, copy_to_host: bytes",
+    CopiesNothingToPinnedMemory: "pin, unpin: copies",
     OverstatesWhatItReleased: "release: after a failure",
     CountsItems: "calls: every operation counts once",
     FenceGoesBack: "fence: passes on an idle device",

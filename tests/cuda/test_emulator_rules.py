@@ -7,6 +7,7 @@ rule's name, and change nothing that is counted.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ import pytest
 from tests.cuda.machine import NONE, PAGE, READ, READ_WRITE, Machine, emulated_machine
 
 INVALID_VALUE, NOT_INITIALIZED, INVALID_DEVICE, INVALID_CONTEXT, INVALID_HANDLE = 1, 3, 101, 201, 400
+ALREADY_REGISTERED, NOT_REGISTERED = 712, 713
 WrongCaller = Callable[[Machine], Iterator[int]]
 WRONG_CALLERS: list[tuple[str, int, WrongCaller]] = []
 
@@ -80,6 +82,8 @@ def without_a_context(m: Machine) -> Iterator[int]:
         lambda: m.d.cuMemcpyDtoDAsync(base, base + 8, 4, 0),
         lambda: m.d.cuMemcpyDtoHAsync(host, base, 4, 0),
         lambda: m.d.cuMemcpyHtoDAsync(base, host, 4, 0),
+        lambda: m.d.cuMemHostRegister(0, 0, 0),
+        lambda: m.d.cuMemHostUnregister(0),
         lambda: m.d.cuStreamCreate(0),
         lambda: m.d.cuStreamQuery(stream),
         lambda: m.d.cuStreamSynchronize(stream),
@@ -526,6 +530,104 @@ def streams_and_events_of_another_context(m: Machine) -> Iterator[int]:
     yield m.code(m.d.cuEventRecord(their_event, 0))
     yield m.code(m.d.cuStreamSynchronize(theirs))
     yield m.code(m.d.cuStreamDestroy(theirs))
+
+
+def host_pages(m: Machine, n_pages: int = 4) -> tuple[mmap.mmap, int]:
+    """Ordinary memory, and where it begins."""
+    memory = mmap.mmap(-1, n_pages * mmap.PAGESIZE)
+    return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+@breaks("HOST_RANGE")
+def registering_what_is_no_host_memory(m: Machine) -> Iterator[int]:
+    m.start()
+    memory, start = host_pages(m)
+    yield m.code(m.d.cuMemHostRegister(start + 8, mmap.PAGESIZE, 0))
+    yield m.code(m.d.cuMemHostRegister(start, mmap.PAGESIZE + 8, 0))
+    yield m.code(m.d.cuMemHostRegister(start, 0, 0))
+    yield m.code(m.d.cuMemHostRegister(0, mmap.PAGESIZE, 0))
+    yield m.code(m.d.cuMemHostRegister(m.mapped(), PAGE, 0))
+    yield m.code(m.d.cuMemHostRegister(1 << 40, mmap.PAGESIZE, 0))  # nothing is there
+    del memory
+
+
+@breaks("HOST_RANGE")
+def freeing_what_is_registered(m: Machine) -> Iterator[int]:
+    m.start()
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    m.ok(m.d.cuMemHostRegister(start, mmap.PAGESIZE, 0))
+    memory.close()
+    yield m.code(m.d.cuMemHostUnregister(start))
+
+
+@breaks("HOST_FREE", ALREADY_REGISTERED)
+def registering_host_memory_twice(m: Machine) -> Iterator[int]:
+    m.start()
+    memory, start = host_pages(m)
+    m.ok(m.d.cuMemHostRegister(start + mmap.PAGESIZE, 2 * mmap.PAGESIZE, 1))
+    yield m.code(m.d.cuMemHostRegister(start + mmap.PAGESIZE, 2 * mmap.PAGESIZE, 1))
+    yield m.code(m.d.cuMemHostRegister(start, 2 * mmap.PAGESIZE, 1))
+    yield m.code(m.d.cuMemHostRegister(start + 2 * mmap.PAGESIZE, 2 * mmap.PAGESIZE, 1))
+    m.ok(m.d.cuMemHostRegister(start, mmap.PAGESIZE, 1))
+    del memory
+
+
+@breaks("HOST_REGISTERED", NOT_REGISTERED)
+def unregistering_what_is_not_registered(m: Machine) -> Iterator[int]:
+    m.start()
+    memory, start = host_pages(m)
+    yield m.code(m.d.cuMemHostUnregister(start))
+    m.ok(m.d.cuMemHostRegister(start, 2 * mmap.PAGESIZE, 0))
+    yield m.code(m.d.cuMemHostUnregister(start + mmap.PAGESIZE))
+    m.ok(m.d.cuMemHostUnregister(start))
+    yield m.code(m.d.cuMemHostUnregister(start))
+    del memory
+
+
+@breaks("COPY")
+def copies_over_the_end_of_registered_memory(m: Machine) -> Iterator[int]:
+    m.start()
+    base = m.mapped()
+    memory, start = host_pages(m)
+    for i in (0, 1):
+        m.ok(m.d.cuMemHostRegister(start + i * mmap.PAGESIZE, mmap.PAGESIZE, 0))
+    yield m.code(m.d.cuMemcpyDtoHAsync(start + mmap.PAGESIZE - 8, base, 16, 0))
+    yield m.code(m.d.cuMemcpyHtoDAsync(base, start + 2 * mmap.PAGESIZE - 8, 16, 0))
+    m.ok(m.d.cuMemcpyHtoDAsync(base, start + mmap.PAGESIZE, 16, 0))
+    del memory
+
+
+@breaks("IN_USE")
+def unregistering_what_a_copy_still_writes(m: Machine) -> Iterator[int]:
+    m.start()
+    base = m.mapped()
+    memory, start = host_pages(m)
+    m.ok(m.d.cuMemHostRegister(start, mmap.PAGESIZE, 0))
+    m.emulator.hold()
+    m.ok(m.d.cuMemcpyDtoHAsync(start + 100, base, 16, 0))
+    yield m.code(m.d.cuMemHostUnregister(start))
+    m.emulator.let_go()
+    m.ok(m.d.cuMemHostUnregister(start))
+    del memory
+
+
+@breaks("VALUE")
+def registration_flags_that_are_not_known(m: Machine) -> Iterator[int]:
+    m.start()
+    memory, start = host_pages(m)
+    yield m.code(m.d.cuMemHostRegister(start, mmap.PAGESIZE, 2))
+    del memory
+
+
+@breaks("CONTEXT_IDLE")
+def last_release_with_host_memory_registered(m: Machine) -> Iterator[int]:
+    m.start()
+    memory, start = host_pages(m)
+    m.ok(m.d.cuMemHostRegister(start, mmap.PAGESIZE, 0))
+    yield m.code(m.d.cuDevicePrimaryCtxRelease(0))
+    m.ok(m.d.cuMemHostUnregister(start))
+    del memory
 
 
 @pytest.mark.parametrize(

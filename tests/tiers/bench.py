@@ -11,7 +11,7 @@ from vmem_kv.driver.ledger import Ledger
 from vmem_kv.growth import SlotId
 from vmem_kv.tiers.copies import HostCopy
 from vmem_kv.tiers.host import HostTier
-from vmem_kv.tiers.memory import FramePool, HostMemory
+from vmem_kv.tiers.memory import FramePool, HostMemory, PinnedMemory
 from vmem_kv.tiers.moving import Mover
 
 from ..core.backends import physical_bytes
@@ -31,7 +31,7 @@ class TierBench(Bench):
         kind: The layout.
         n_frames: The host tier's budget.
         frames_per_buffer: How many frames it asks of the system at a time.
-        memory: Where its buffers come from.
+        memory: Where its buffers come from; by default they are pinned.
         mover: Who launches its copies.
         keywords: Of `Bench`.
     """
@@ -50,7 +50,7 @@ class TierBench(Bench):
         self.host_ledger = Ledger()
         self.frames = FramePool(
             n_frames * PAGE,
-            memory,
+            memory or PinnedMemory(self.driver),
             frame_bytes=PAGE,
             buffer_bytes=frames_per_buffer * PAGE,
             ledger=self.host_ledger,
@@ -132,5 +132,6 @@ class TierBench(Bench):
         self.cache.settle()
         self.cache.close()
         self.pool.trim()
+        assert self.driver.n_pinned == 0
         assert physical_bytes(self.device) == self.pool.n_quarantined * PAGE
         self.device.close()

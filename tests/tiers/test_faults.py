@@ -14,7 +14,18 @@ import pytest
 
 from vmem_kv.errors import CapacityError, DriverError
 from vmem_kv.growth import SlotId
-from vmem_kv.testing import ManualClock, Plan, driver_error, fail_from, fail_once, interruption, no_faults
+from vmem_kv.testing import (
+    ManualClock,
+    Plan,
+    Point,
+    driver_error,
+    fail_from,
+    fail_kind,
+    fail_once,
+    interruption,
+    natural_error,
+    no_faults,
+)
 from vmem_kv.tiers.copies import HostCopy
 from vmem_kv.tiers.disk import DiskTier
 from vmem_kv.tiers.host import HostTier, Parking, Restoring
@@ -23,11 +34,19 @@ from vmem_kv.tiers.sessions import Level, Sessions, Stay
 from .bench import TierBench
 
 FAILURES = (CapacityError, DriverError, KeyboardInterrupt)
+
+
+def in_the_way(point: Point) -> BaseException:
+    """What does not let a session go for want of host memory, as a pin that finds none does."""
+    return (driver_error() if point.operation == "pin" else natural_error)(point)
+
+
 PLANS: dict[str, Callable[[int], Plan]] = {
     "once": fail_once,
     "from then on": lambda n: fail_from(n, driver_error()),
     "interrupted": lambda n: fail_once(n, interruption),
 }
+SESSION_PLANS = PLANS | {"once": lambda n: fail_once(n, in_the_way)}
 
 
 @dataclass
@@ -209,12 +228,18 @@ class KeptLife(Life):
         self.attempt(self.sessions.poll, lambda: None)
 
 
-def sweep(backend: str, kind: str, plan: str, lives: type[Life] = Life) -> int:
+def sweep(
+    backend: str,
+    kind: str,
+    plan: str,
+    lives: type[Life] = Life,
+    plans: dict[str, Callable[[int], Plan]] = PLANS,
+) -> int:
     calm = lives(backend, kind, no_faults)
     calm.live()
     assert calm.n_failed == 0
     for n in range(1, calm.n_points + 1):
-        life = lives(backend, kind, PLANS[plan](n))
+        life = lives(backend, kind, plans[plan](n))
         try:
             life.live()
             assert life.bench.faulty.faults
@@ -229,9 +254,25 @@ def test_any_call_may_fail(backend: str, kind: str, plan: str) -> None:
     assert sweep(backend, kind, plan) > 50
 
 
+def test_a_session_that_no_memory_can_be_pinned_for_is_gone_and_nothing_else() -> None:
+    life = KeptLife("native", "group:2", no_faults)
+    one = life.begin()
+    life.append(one, 0, list(range(20)))
+    life.keep(one)
+    life.clock.advance(1)
+    with life.bench.faulty.failing(fail_kind("pin")):
+        life.sessions.poll()
+    assert life.sessions.stats().n_gone == 1
+    assert life.cache.active_slots() == []
+    life.bench.check()
+    life.sessions.close()
+    life.disk.close()
+    life.bench.end()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_any_call_may_fail_while_sessions_come_and_go(backend: str, plan: str) -> None:
-    assert sweep(backend, "group:2", plan, KeptLife) > 50
+    assert sweep(backend, "group:2", plan, KeptLife, SESSION_PLANS) > 50
 
 
 # The sweep is seen to fail.
@@ -288,7 +329,7 @@ def test_the_sweep_of_sessions_finds_a_planted_mistake(
 ) -> None:
     mistake(monkeypatch)
     with pytest.raises(AssertionError):
-        sweep("native", "group:2", "once", KeptLife)
+        sweep("native", "group:2", "once", KeptLife, SESSION_PLANS)
 
 
 @pytest.mark.parametrize("mistake", [loses_the_slot, keeps_half_a_restore, leaks_frames, commits_first])

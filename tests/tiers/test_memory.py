@@ -133,38 +133,64 @@ class Device:
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
-        self.refuses = False
+        self.error: BaseException | None = None
 
     def pin(self, address: int, n_bytes: int) -> None:
-        if self.refuses:
-            raise DriverError("pin", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+        if self.error is not None and not isinstance(self.error, KeyboardInterrupt):
+            raise self.error
         self.pinned[address] = n_bytes
+        if self.error is not None:
+            raise self.error
 
     def unpin(self, address: int) -> None:
-        if self.refuses:
-            raise DriverError("unpin", 999, "CUDA_ERROR_UNKNOWN")
+        if isinstance(self.error, DriverError):
+            raise self.error
         del self.pinned[address]
+
+
+def driver_error(*, is_fatal: bool = False) -> DriverError:
+    error = DriverError("pin or unpin", 999, "CUDA_ERROR_UNKNOWN")
+    error.is_fatal = is_fatal
+    return error
+
+
+@pytest.mark.parametrize("error", [driver_error(), OutOfHostMemory("no more is kept in place"), KeyboardInterrupt()])
+def test_a_buffer_that_cannot_be_pinned_is_no_buffer(error: BaseException) -> None:
+    device, ledger = Device(), Ledger()
+    pool = open_pool(memory=PinnedMemory(device), ledger=ledger)
+    device.error = error
+    with pytest.raises(type(error)):
+        pool.take(1)
+    assert (pool.n_taken, pool.n_bytes, ledger.n_bytes, device.pinned) == (0, 0, 0, {})
+    device.error = None
+    pool.give(pool.take(1))
+    pool.close()
+    assert device.pinned == {}
 
 
 def test_pinned_buffers_are_pinned_as_long_as_they_are_there() -> None:
     device, ledger = Device(), Ledger()
     pool = open_pool(memory=PinnedMemory(device), ledger=ledger)
-    device.refuses = True
-    with pytest.raises(DriverError, match="pin"):
-        pool.take(1)
-    assert (pool.n_bytes, ledger.n_bytes, device.pinned) == (0, 0, {})
-    device.refuses = False
     frames = pool.take(5)
     assert sorted(device.pinned.values()) == [4 * PAGE, 4 * PAGE]
     for view in pool.views(frames, 0, 5 * PAGE):
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         assert any(start <= address and address + len(view) <= start + n for start, n in device.pinned.items())
     pool.give(frames)
-    device.refuses = True
+    device.error = driver_error()
     with pytest.raises(DriverError, match="unpin"):
         pool.close()
     assert pool.n_bytes == ledger.n_bytes == 8 * PAGE
     assert len(device.pinned) == 2
-    device.refuses = False
+    device.error = None
     pool.close()
     assert (pool.n_bytes, ledger.n_bytes, device.pinned) == (0, 0, {})
+
+
+def test_a_lost_device_holds_no_memory_back() -> None:
+    device, ledger = Device(), Ledger()
+    pool = open_pool(memory=PinnedMemory(device), ledger=ledger)
+    pool.give(pool.take(5))
+    device.error = driver_error(is_fatal=True)
+    pool.close()
+    assert pool.n_bytes == ledger.n_bytes == 0

@@ -127,6 +127,15 @@ def test_between_turns_only_what_was_added_moves(desk: Desk) -> None:
     desk.end()
 
 
+def test_a_sequence_that_slid_is_not_kept(desk: Desk) -> None:
+    slot = desk.bench.begin(TOKENS[:20])
+    desk.bench.cache.slide(slot, 5)
+    with pytest.raises(UsageError, match="slid to token 5"):
+        desk.sessions.retain("one", slot, TOKENS[:20], STAY)
+    assert desk.level("one") is None
+    desk.end()
+
+
 def test_another_domain_knows_nothing(desk: Desk) -> None:
     desk.keep("one", TOKENS[:10], domain="alice")
     desk.keep("one", TOKENS[10:20], domain="bob")

@@ -74,6 +74,12 @@ class Adaptor(Driver):
     def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
         return self.inner.copy_from_host(buffer, address)
 
+    def pin(self, address: int, n_bytes: int) -> None:
+        self.inner.pin(address, n_bytes)
+
+    def unpin(self, address: int) -> None:
+        self.inner.unpin(address)
+
     def bind_thread(self) -> None:
         self.inner.bind_thread()
 

@@ -23,7 +23,8 @@ Guarantees that hold for every call:
 Assumptions on the caller (``driver/checked.py`` enforces them): sizes and addresses are multiples of
 ``info.granularity_bytes``; a range is unmapped exactly as it was mapped, whole pages and no holes; a handle is
 mapped nowhere when it is released; a reservation is empty when it is freed; nothing reads or writes a page
-between ``map`` and ``set_access``, nor from the moment its ``unmap`` begins.
+between ``map`` and ``set_access``, nor from the moment its ``unmap`` begins; host memory is pinned in whole OS pages,
+none of them twice, stays where it is until it is unpinned, and no copy to or from it is under way then.
 """
 
 from __future__ import annotations
@@ -241,6 +242,25 @@ class Driver(ABC):
             DriverError: The target is undefined.
         """
 
+    def pin(self, address: int, n_bytes: int) -> None:  # noqa: B027 - a device that the processor copies for needs none
+        """Let the device reach a range of host memory directly: copies to and from it need no detour, nor the caller.
+
+        Host memory that is not pinned can be copied to and from as well, only slower. A device that has no use for
+        pinning does nothing.
+
+        Raises:
+            OutOfHostMemory: The system keeps no more memory in place. Nothing changed.
+            DriverError: Any other failure. Nothing changed.
+        """
+
+    def unpin(self, address: int) -> None:  # noqa: B027 - as above
+        """Undo ``pin`` of the range that begins here. Not ordered behind copies: the caller waited for their fences.
+
+        Raises:
+            DriverError: The range is still pinned.
+            UsageError: Nothing is pinned there (of a driver that keeps count). Nothing changed.
+        """
+
     def bind_thread(self) -> None:  # noqa: B027 - a device without contexts has nothing to do
         """Make the calling thread able to use the device, on its own. Every thread of ours calls it first."""
 
@@ -264,5 +284,5 @@ class Driver(ABC):
         release failed.)
 
         Raises:
-            UsageError: Reservations are left, and no fatal error took them; nothing changed.
+            UsageError: Reservations or pinned ranges are left, and no fatal error took them; nothing changed.
         """

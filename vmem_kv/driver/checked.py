@@ -7,13 +7,14 @@ On in the tests, optional for users (it costs a dictionary operation per page).
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import Counter
 from collections.abc import Sequence
 
 from vmem_kv.driver.adaptor import Adaptor
 from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
-from vmem_kv.errors import UsageError
+from vmem_kv.errors import UsageError, VmemError
 
 
 class CheckedDriver(Adaptor):
@@ -27,6 +28,7 @@ class CheckedDriver(Adaptor):
         self._n_mappings: Counter[Handle] = Counter()
         self._mapped: dict[int, Handle] = {}  # by address
         self._accessible: set[int] = set()  # addresses of mappings
+        self._pinned: dict[int, int] = {}  # bytes of host memory, by address
 
     @property
     def n_live_handles(self) -> int:
@@ -42,6 +44,11 @@ class CheckedDriver(Adaptor):
     def n_live_reservations(self) -> int:
         """Ranges reserved now."""
         return len(self._reservations)
+
+    @property
+    def n_pinned(self) -> int:
+        """Ranges of host memory pinned now."""
+        return len(self._pinned)
 
     def reserve(self, n_bytes: int) -> Reservation:
         self._require_multiple("reserve", n_bytes)
@@ -193,11 +200,40 @@ class CheckedDriver(Adaptor):
             self._require_accessible("copy_from_host to", address, buffer.nbytes)
         return self.inner.copy_from_host(buffer, address)
 
+    def pin(self, address: int, n_bytes: int) -> None:
+        with self._lock:
+            if n_bytes <= 0 or address % mmap.PAGESIZE or n_bytes % mmap.PAGESIZE:
+                raise UsageError(f"pin of {n_bytes} bytes at {address:#x}, which are no whole OS pages")
+            if any(a < address + n_bytes and address < a + n for a, n in self._pinned.items()):
+                raise UsageError(f"pin of {n_bytes} bytes at {address:#x}, of which some are pinned")
+            self._pinned[address] = n_bytes
+        try:
+            self.inner.pin(address, n_bytes)
+        except VmemError:  # of another exception, nobody knows: it may be unpinned, and need not
+            with self._lock:
+                del self._pinned[address]
+            raise
+
+    def unpin(self, address: int) -> None:
+        with self._lock:
+            if address not in self._pinned:
+                raise UsageError(f"unpin at {address:#x}, where no pinned range begins")
+            n_bytes = self._pinned.pop(address)  # before the call: another thread may pin what is freed behind it
+        try:
+            self.inner.unpin(address)
+        except UsageError:  # nothing is pinned there: its pin was interrupted before it took effect
+            raise
+        except BaseException:
+            with self._lock:
+                self._pinned[address] = n_bytes
+            raise
+
     def close(self) -> None:
         with self._lock:
-            if self._reservations or self._page_bytes:
+            if self._reservations or self._page_bytes or self._pinned:
                 raise UsageError(
-                    f"close with {len(self._reservations)} reservations and {len(self._page_bytes)} pages left"
+                    f"close with {len(self._reservations)} reservations, {len(self._page_bytes)} pages and "
+                    f"{len(self._pinned)} pinned ranges left"
                 )
         self.inner.close()
 

@@ -5,9 +5,9 @@ Guarantees
     `cuMemUnmap` for each contiguous run, since these two are the expensive calls.
   * The device's primary context, which torch uses as well, is current during every call, and afterwards the one that
     was current before.
-  * A double release never reaches the driver, which would not survive it; nor does an unmap of what is not mapped. An
-    interruption (Ctrl-C) cannot part our books from the device: answers are kept as they arrive (`cuda_calls.py`), and
-    where one was lost the device is asked.
+  * A double release never reaches the driver, which would not survive it; nor does an unmap of what is not mapped, nor
+    an unpin of what is not pinned. An interruption (Ctrl-C) cannot part our books from the device: answers are kept as
+    they arrive (`cuda_calls.py`), and where one was lost the device is asked.
   * After a sticky error (an illegal address, a failed launch) CUDA is not called any more: every call raises the same
     fatal error, and `close` forgets.
   * Nothing runs when the interpreter exits: tensors may be alive, and the process takes its memory with it.
@@ -15,7 +15,8 @@ Guarantees
 Assumptions: one process per driver (a forked child is refused). Whoever else uses the device's memory in this process
 is known as the `runtime`.
 
-Source: CUDA driver API, "Virtual Memory Management", "Stream Management" and "Event Management" (cuda.h 13.0).
+Source: CUDA driver API, "Virtual Memory Management", "Memory Management", "Stream Management" and "Event Management"
+(cuda.h 13.0).
 """
 
 from __future__ import annotations
@@ -43,7 +44,16 @@ from vmem_kv.driver.cuda_errors import (
     SUCCESS,
 )
 from vmem_kv.driver.ledger import MAX_DEVICE_MAPPINGS, Ledger, ledger_of_device
-from vmem_kv.errors import ConfigError, DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, UsageError, VmemError
+from vmem_kv.errors import (
+    ConfigError,
+    DriverError,
+    OutOfAddressSpace,
+    OutOfHostMemory,
+    OutOfMappings,
+    OutOfPages,
+    UsageError,
+    VmemError,
+)
 from vmem_kv.units import format_bytes
 
 _MAX_RESERVATION_BYTES = 1 << 46
@@ -170,6 +180,7 @@ class CudaDriver(Driver):
         self._reservations: set[Reservation] = set()
         self._pages: dict[Handle, int] = {}  # live handles and their sizes
         self._mapped: dict[int, int] = {}  # addresses of mappings and their sizes
+        self._pinned: set[int] = set()  # where ranges of pinned host memory begin
         self._threads = threading.local()  # .stream: of a thread that called bind_thread
         self._idle_streams: list[Any] = []
         self._streams: list[Any] = []
@@ -348,6 +359,40 @@ class CudaDriver(Driver):
         self._launch("copy_from_host", self._cuda.cuMemcpyHtoDAsync, [arguments])
         return self._fence_on([self.current_stream()], keep=source)
 
+    @_operation
+    def pin(self, address: int, n_bytes: int) -> None:
+        # Portable: whatever device of this process copies to or from it.
+        batch, flags = self._batch(), self._cuda.CU_MEMHOSTREGISTER_PORTABLE
+        try:
+            code = batch.call(self._cuda.cuMemHostRegister, address, n_bytes, flags)
+            if code == OUT_OF_MEMORY:
+                raise OutOfHostMemory(
+                    f"the system keeps no more than what is pinned now in place for {self.info.device}: "
+                    f"{format_bytes(n_bytes)} were refused; use a smaller host tier"
+                )
+            if code != SUCCESS:
+                raise self._failure("pin", code, _range(address, n_bytes))
+        finally:
+            if batch.n_done or (batch.is_unsure and self._is_pinned(address)):
+                with self._lock:
+                    self._pinned.add(address)
+
+    @_operation
+    def unpin(self, address: int) -> None:
+        with self._lock:
+            if address not in self._pinned:
+                raise UsageError(f"unpin at {address:#x}: no range that this driver pinned begins there")
+            self._pinned.remove(address)  # before the call: another thread may pin what is freed behind it
+        batch = self._batch()
+        try:
+            code = batch.call(self._cuda.cuMemHostUnregister, address)
+            if code != SUCCESS:
+                raise self._failure("unpin", code, f"host memory at {address:#x}")
+        finally:
+            if not batch.n_done and (not batch.is_unsure or self._is_pinned(address)):
+                with self._lock:
+                    self._pinned.add(address)
+
     def bind_thread(self) -> None:
         self._require_open("bind_thread")
         if getattr(self._threads, "stream", None) is not None:
@@ -383,6 +428,8 @@ class CudaDriver(Driver):
             return
         if self._reservations and self._lost is None:
             raise UsageError(f"{len(self._reservations)} reservations are still open; close their caches first")
+        if self._pinned and self._lost is None:
+            raise UsageError(f"{len(self._pinned)} ranges of host memory are still pinned; close their tiers first")
         self._closed = True
         if self._lost is not None:
             return
@@ -441,6 +488,12 @@ class CudaDriver(Driver):
         code, handle = self._cuda.cuMemRetainAllocationHandle(address)
         if code == SUCCESS:
             self._cuda.cuMemRelease(handle)
+        return bool(code == SUCCESS)
+
+    def _is_pinned(self, address: int) -> bool:
+        """Ask the device, as above."""
+        kind = self._cuda.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+        code, _ = self._cuda.cuPointerGetAttribute(kind, address)
         return bool(code == SUCCESS)
 
     def _pages_in(self, span: Span) -> list[int]:

@@ -20,7 +20,7 @@ ABI = 3
 PROT_NONE, PROT_READ_WRITE = 0, 3
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 MAP_NORESERVE = 0x4000
-MADV_DONTFORK, MADV_POPULATE_WRITE = 10, 23
+MADV_DONTFORK, MADV_POPULATE_READ, MADV_POPULATE_WRITE = 10, 22, 23
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -35,6 +35,7 @@ libc.mmap.argtypes = [
 ]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -83,7 +84,7 @@ class SyscallMapper:
             if code:
                 _map_nothing_over(addresses[first], n_bytes)  # a run counts as done or it is not there
                 return code, first
-            libc.madvise(addresses[first], n_bytes, MADV_POPULATE_WRITE)  # an older kernel fills at the first touch
+            _fill_page_tables(addresses[first], n_bytes)
             first = end
         return 0, n
 
@@ -92,6 +93,15 @@ class SyscallMapper:
             if code := _map_nothing_over(address, n_bytes):
                 return code, n_done
         return 0, len(addresses)
+
+
+def _fill_page_tables(address: int, n_bytes: int) -> None:
+    """Enter a shared mapping's pages: those that hold something by reading, which goes many at a time."""
+    holds_something = ctypes.create_string_buffer(1)
+    libc.mincore(address, 1, holds_something)
+    is_used = holds_something.raw[0] & 1
+    # An older kernel knows neither, and fills at the first touch.
+    libc.madvise(address, n_bytes, MADV_POPULATE_READ if is_used else MADV_POPULATE_WRITE)
 
 
 def _map_over(address: int, n_bytes: int, fd: int, offset: int) -> int:

@@ -19,6 +19,8 @@ docs/testing-a-driver.md shows each of them at work.
 Whole proofs, in modules of their own (they need numpy):
 
     operations         random operations held against the model and shadow tags, as replayable programs
+    tier_operations    the same with a host tier, files and sessions, against a model of these (tier_model)
+    late               a device whose copies to and from the host run as late as the contract lets them
     shadow             tags that say whose every K and V row is
     shrink             shortens a list of operations that goes wrong
     explorer           every order of moves, and moves in the middle of others

@@ -11,7 +11,9 @@ Assumptions: the device has memory for 16 pages of twice the granularity; nobody
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -392,6 +394,31 @@ def _host_copies_arrive(bench: _Bench) -> None:
     bench.free(reservation)
 
 
+def _pinned_host_memory_is_copied_like_any_other(bench: _Bench) -> None:
+    """pin, unpin: copies to and from pinned host memory arrive, also beside it, and it may be pinned anew"""
+    reservation = bench.reserve(1)
+    handles = bench.create([reservation.base])
+    bench.map([reservation.base], handles)
+    host = memoryview(mmap.mmap(-1, 4 * mmap.PAGESIZE))  # goes with the last view of it
+    start = ctypes.addressof(ctypes.c_char.from_buffer(host))
+    inside, outside = host[mmap.PAGESIZE + 7 :][:100], host[3 * mmap.PAGESIZE :][:100]
+    for round_number in range(2):
+        bench.driver.pin(start + mmap.PAGESIZE, 2 * mmap.PAGESIZE)
+        for part in (inside, outside):
+            data = bytes([round_number + 1]) * len(part)
+            bench.memory.write(reservation.base, data)
+            bench.driver.copy_to_host(reservation.base, part).wait()
+            bench.require(bytes(part) == data, "copy_to_host into a pinned range, or beside one")
+            part[:] = bytes(reversed(range(100)))
+            bench.driver.copy_from_host(part, reservation.base).wait()
+            found = bench.memory.read(reservation.base, len(part))
+            bench.require(found == bytes(part), "copy_from_host out of a pinned range, or beside one")
+        bench.driver.unpin(start + mmap.PAGESIZE)
+    bench.unmap([reservation.base])
+    bench.driver.release(bench.page, handles)
+    bench.free(reservation)
+
+
 def _a_failed_release_says_how_far_it_came(bench: _Bench) -> None:
     """release: after a failure n_done handles are gone and the others can still be released"""
     reservation = bench.reserve(4)
@@ -493,6 +520,8 @@ def _close_is_idempotent_and_final(bench: _Bench) -> None:
         "copy": lambda: driver.copy([Copy(page, 2 * page, 1)]),
         "copy_to_host": lambda: driver.copy_to_host(page, memoryview(bytearray(1))),
         "copy_from_host": lambda: driver.copy_from_host(memoryview(b"a"), page),
+        "pin": lambda: driver.pin(page, page),
+        "unpin": lambda: driver.unpin(page),
     }
     for name, call in calls.items():
         bench.refuses(call, VmemError, f"{name} worked on a closed driver")
@@ -515,6 +544,7 @@ _RULES: tuple[Callable[[_Bench], None], ...] = (
     _scrub_zeroes_its_spans_only,
     _copies_move_exactly_their_bytes,
     _host_copies_arrive,
+    _pinned_host_memory_is_copied_like_any_other,
     _a_failed_release_says_how_far_it_came,
     _calls_are_counted,
     _fences_pass,

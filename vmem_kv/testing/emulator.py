@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from vmem_kv.errors import ConfigError, UsageError
 
-ABI = 2
+ABI = 3
 FILE = "cuda_emulator.library"  # as setup.py names it
 SONAME = "libcuda.so.1"
 SIGNS_OF_A_DEVICE = (
@@ -33,8 +33,8 @@ SIGNS_OF_A_DEVICE = (
 VIOLATION_CHARS = 240
 
 UNKNOWN_NAME, BAD_VALUE, SOMETHING_LIVES, FORKED = 1, 2, 3, 4
-MEMORY_BYTES, MAX_MAPPINGS, GRANULARITY, N_DEVICES, VIRTUAL_MEMORY, ZERO_NEW_PAGES, STICKY = range(7)
-HANDLES, MAPPINGS, RESERVATIONS, STREAMS, EVENTS, CONTEXTS, VIOLATIONS, UNFINISHED = range(8)
+MEMORY_BYTES, MAX_MAPPINGS, GRANULARITY, N_DEVICES, VIRTUAL_MEMORY, ZERO_NEW_PAGES, STICKY, PINNED_BYTES = range(8)
+HANDLES, MAPPINGS, RESERVATIONS, STREAMS, EVENTS, CONTEXTS, PINNED, VIOLATIONS, UNFINISHED = range(9)
 
 
 class Live(NamedTuple):
@@ -48,6 +48,8 @@ class Live(NamedTuple):
     events: int
     contexts: int
     """Retains of primary contexts that were not released yet."""
+    pinned: int = 0
+    """Ranges of registered host memory."""
 
 
 NOTHING = Live(0, 0, 0, 0, 0, 0)
@@ -135,6 +137,10 @@ class Emulator:
         Above 30,000 the system's limit (vm.max_map_count) may come first. Then cuMemUnmap may answer the same.
         """
         self._set(MAX_MAPPINGS, n_mappings)
+
+    def cap_pinned(self, n_bytes: int) -> None:
+        """Allow that much registered host memory. Above it cuMemHostRegister answers OUT_OF_MEMORY."""
+        self._set(PINNED_BYTES, n_bytes)
 
     def set_granularity(self, n_bytes: int) -> None:
         """Set the granularity: a power of two, at least the system's page size.
@@ -227,6 +233,7 @@ class Emulator:
             streams=self._count(STREAMS),
             events=self._count(EVENTS),
             contexts=self._count(CONTEXTS),
+            pinned=self._count(PINNED),
         )
 
     def calls(self) -> Counter[str]:

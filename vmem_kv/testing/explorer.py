@@ -146,6 +146,24 @@ class CallHook(Adaptor):
     def scrub(self, spans: Sequence[Span]) -> None:
         self._around(lambda: self.inner.scrub(spans))
 
+    def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
+        self._moment()
+        fence = self.inner.copy_to_host(address, buffer)
+        self._moment()
+        return fence
+
+    def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
+        self._moment()
+        fence = self.inner.copy_from_host(buffer, address)
+        self._moment()
+        return fence
+
+    def pin(self, address: int, n_bytes: int) -> None:
+        self._around(lambda: self.inner.pin(address, n_bytes))
+
+    def unpin(self, address: int) -> None:
+        self._around(lambda: self.inner.unpin(address))
+
     def fence(self, streams: Collection[int] = ()) -> Fence:
         self._moment()
         fence = self.inner.fence(streams)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
-from vmem_kv.errors import DriverError, OutOfAddressSpace, OutOfMappings, OutOfPages, VmemError
+from vmem_kv.errors import DriverError, OutOfAddressSpace, OutOfHostMemory, OutOfMappings, OutOfPages, VmemError
 from vmem_kv.testing.adaptor import Adaptor
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def natural_error(point: Point) -> BaseException:
         return OutOfAddressSpace(f"injected at point {point.n}")
     if point.operation == "create":
         return OutOfPages(f"injected at point {point.n}")
+    if point.operation == "pin":
+        return OutOfHostMemory(f"injected at point {point.n}")
     if point.operation in ("map", "set_access"):
         return OutOfMappings(f"injected at point {point.n}")
     return driver_error()(point)
@@ -244,6 +246,18 @@ class FaultyDriver(Adaptor):
         self._call("copy_from_host")
         self._point("copy_from_host", 0)
         return self.inner.copy_from_host(buffer, address)
+
+    def pin(self, address: int, n_bytes: int) -> None:
+        """See `Driver.pin`; one point."""
+        self._call("pin")
+        self._point("pin", 0)
+        self.inner.pin(address, n_bytes)
+
+    def unpin(self, address: int) -> None:
+        """See `Driver.unpin`; one point."""
+        self._call("unpin")
+        self._point("unpin", 0)
+        self.inner.unpin(address)
 
     def bind_thread(self) -> None:
         """See `Driver.bind_thread`; one point."""

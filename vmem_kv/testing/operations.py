@@ -171,17 +171,17 @@ class Run:
         try:
             self.cache.ensure({SlotId(s): n for s, n in lengths.items()})
         except UsageError:
-            _require(is_broken or is_shared, "a sequence that is whole was refused")
+            require(is_broken or is_shared, "a sequence that is whole was refused")
         except OutOfPages:
-            _require(not fits, "the pages were there")
+            require(not fits, "the pages were there")
             if not self.is_faulted:
                 self.model.reclaimed(victims)
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
         else:
-            _require(fits, "there were not so many pages")
-            _require(not is_broken or not grows, "a broken slot has grown")
-            _require(not is_shared, "a sequence may write what it shares")
+            require(fits, "there were not so many pages")
+            require(not is_broken or not grows, "a broken slot has grown")
+            require(not is_shared, "a sequence may write what it shares")
             fresh = self.model.missing(lengths)
             if self.is_faulted:  # a fault that ensure could get around; take over what it reclaimed on the way
                 victims = [s for s in self.model.reclaim_order() if self.cache._slots.state[s].value != "warm"]
@@ -201,13 +201,13 @@ class Run:
         try:
             n_pages = self.cache.premap({SlotId(s): n for s, n in lengths.items()})
         except CapacityError:
-            _require(len(fresh) > self.model.n_available, "the pages were there")
+            require(len(fresh) > self.model.n_available, "the pages were there")
             fresh = set()
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
             fresh = set()
         else:
-            _require(n_pages == len(fresh) <= self.model.n_available, f"{n_pages} pages, not {len(fresh)}")
+            require(n_pages == len(fresh) <= self.model.n_available, f"{n_pages} pages, not {len(fresh)}")
             self.model.premapped(whole)
         self._end(fresh)
 
@@ -219,15 +219,15 @@ class Run:
         try:
             slot = self.cache.fork(SlotId(source), n_tokens)
         except OutOfSlots:
-            _require(target is None or self.is_faulted, f"slot {target} is free")
+            require(target is None or self.is_faulted, f"slot {target} is free")
         except OutOfPages:
-            _require(not fits, "the pages were there")
+            require(not fits, "the pages were there")
             if not self.is_faulted:
                 self.model.reclaimed([*([] if target is None else [target]), *victims])
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
         else:
-            _require(slot == target and fits, f"slot {slot} was taken, not {target}")
+            require(slot == target and fits, f"slot {slot} was taken, not {target}")
             if self.is_faulted:
                 warm = (s for s in self.model.reclaim_order() if s != slot)
                 victims = [s for s in warm if self.cache._slots.state[s].value != "warm"]
@@ -246,13 +246,13 @@ class Run:
         try:
             self.cache.truncate(SlotId(slot), n_tokens, PASSED)
         except OutOfPages:
-            _require(not fits, "the pages were there")
+            require(not fits, "the pages were there")
             if not self.is_faulted:
                 self.model.reclaimed(victims)
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
         else:
-            _require(fits, "there were not so many pages")
+            require(fits, "there were not so many pages")
             if self.is_faulted:
                 victims = [s for s in self.model.reclaim_order() if self.cache._slots.state[s].value != "warm"]
             self.model.reclaimed(victims)
@@ -266,7 +266,7 @@ class Run:
         try:
             self.cache.share({SlotId(target): SlotId(source)}, n_tokens, PASSED)
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
         else:
             self.model.shared(target, source)
             base = self.cache.region.reservation.base
@@ -335,9 +335,9 @@ class Run:
         try:
             n_freed = self.cache.reclaim(n_pages)
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
         else:
-            _require(n_freed == n_expected, f"{n_freed} pages were reclaimed, not {n_expected}")
+            require(n_freed == n_expected, f"{n_freed} pages were reclaimed, not {n_expected}")
             self.model.reclaimed(victims)
         self._end()
 
@@ -355,11 +355,11 @@ class Run:
         try:
             self.pool.resize(max_pages)
         except OutOfPages:
-            _require(not fits or self.is_faulted, "the budget covers what is in use")
+            require(not fits or self.is_faulted, "the budget covers what is in use")
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
         else:
-            _require(fits, "the budget is below what is in use")
+            require(fits, "the budget is below what is in use")
             self.model.reclaimed(victims)
             self.model.resized(max_pages)
         self._end()
@@ -378,12 +378,29 @@ class Run:
         self.pool.trim()
         lost = list(self.pool._quarantined)
         left = (self.driver.n_live_mappings, self.driver.n_live_reservations, self.pool.n_mappings)
-        _require(left == (0, 0, 0), f"mappings, reservations and mappings in the books that are left: {left}")
-        _require(self.driver.n_live_handles == len(lost) == self.pool.n_owned, "pages are left that nobody knows")
+        require(left == (0, 0, 0), f"mappings, reservations and mappings in the books that are left: {left}")
+        require(self.driver.n_live_handles == len(lost) == self.pool.n_owned, "pages are left that nobody knows")
         self._require_ledger()
         for handle in lost:
             self.base.release(self.page_bytes, [handle])
         self.base.ledger.refund_bytes(len(lost) * self.page_bytes)
+
+    # Random choices
+
+    @classmethod
+    def random_settings(cls, choose: random.Random, kinds: Sequence[str]) -> dict[str, Any]:
+        """Choose the arguments of a run."""
+        return {
+            "kind": choose.choice(kinds),
+            "rows": choose.choice(tuple(ROWS)),
+            "n_slots": choose.randint(2, 6),
+            "max_pages": choose.randint(12, 60),
+            "keep_freed": choose.random() < 0.5,
+        }
+
+    def random_step(self, choose: random.Random, fault_share: float) -> None:
+        """Do one random operation."""
+        step(self, choose, fault_share)
 
     # Lists of operations
 
@@ -413,11 +430,12 @@ class Run:
 
     def program(self, opener: str = "open_driver('host')") -> str:
         """Python that repeats this run, on a driver that the expression `opener` opens."""
+        name = type(self).__name__
         lines = [
-            "from vmem_kv.testing.operations import Run",
+            f"from {type(self).__module__} import {name}",
             "from vmem_kv.testing.targets import open_driver",
             "",
-            f"run = Run({opener}, **{self.settings})",
+            f"run = {name}({opener}, **{self.settings})",
             *map(str, self.history),
             "run.finish()",
             "run.base.close()",
@@ -464,14 +482,14 @@ class Run:
         try:
             slots = list(call())
         except OutOfSlots:
-            _require(not best or self.is_faulted, f"slots {best} are free")
+            require(not best or self.is_faulted, f"slots {best} are free")
             self._end()
             return []
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
             self._end()
             return []
-        _require(slots == best, f"slots {slots} were chosen, {best} fit best")
+        require(slots == best, f"slots {slots} were chosen, {best} fit best")
         before = {slot: self.model.slots[slot] for slot in slots}
         others = {slot for slot, state in before.items() if state.state == "warm" and state.domain != domain}
         for slot in slots:
@@ -494,7 +512,7 @@ class Run:
         try:
             call()
         except DriverError:
-            _require(self.is_faulted, "a driver error without a fault")
+            require(self.is_faulted, "a driver error without a fault")
             return True
         return False
 
@@ -515,7 +533,7 @@ class Run:
         self.model.compare(stats, mapped)
         if not is_quiet or not self.n_ops % 8:  # without a driver call, states and lengths alone have changed
             self.cache.check()
-        _require(stats.n_owned_pages == self.driver.n_live_handles, "the driver has another number of pages")
+        require(stats.n_owned_pages == self.driver.n_live_handles, "the driver has another number of pages")
         self._require_ledger()
         self._require_zero(fresh)
         for slot, state in enumerate(self.model.slots):
@@ -527,7 +545,7 @@ class Run:
         ledger, before = self.driver.ledger, self._ledger_before
         counted = (ledger.n_bytes - before[0], ledger.n_mappings - before[1])
         held = (self.pool.n_owned * self.page_bytes, self.pool.n_mappings)
-        _require(counted == held, f"the ledger counts (bytes, mappings) {counted}, the pool holds {held}")
+        require(counted == held, f"the ledger counts (bytes, mappings) {counted}, the pool holds {held}")
 
     def _mapped_pages(self) -> dict[Page, int]:
         """What the driver has mapped, by its own books, without pages that are stuck in quarantine."""
@@ -551,24 +569,31 @@ class Run:
             page = self._page_of[address] = (slot, index, inside // self.page_bytes)
         return page
 
-    def _require_zero(self, pages: Iterable[Page], *, behind: int = 0) -> None:
-        """Pages must be zero, but for rows before `behind`."""
+    def _require_zero(self, pages: Iterable[Page], *, first: int = 0, behind: int = 0) -> None:
+        """Pages must be zero, but for rows from `first` on that are before `behind`."""
         wanted = set(pages)
         missing = wanted - self._mapped_pages().keys()  # to touch one would end the process
-        _require(not missing, f"pages {sorted(missing)} are not mapped")
-        for slot, plane_index, index in wanted:
+        require(not missing, f"pages {sorted(missing)} are not mapped")
+        for page in wanted:
             self.n_mapped += 1
-            plane = self.layout.planes[plane_index]
-            start = self.cache.region.reservation.base + plane.base_bytes + slot * plane.span_bytes
-            data = self.memory.read(start + index * self.page_bytes, self.page_bytes)
-            n_bytes = max(behind * plane.token_bytes - index * self.page_bytes, 0)
-            _require(data[n_bytes:] == self._zeros[n_bytes:], f"page {(slot, plane_index, index)} shows old bytes")
+            _, plane_index, index = page
+            data, row_bytes = self._read_page(page), self.layout.planes[plane_index].token_bytes
+            begin, end = (max(n * row_bytes - index * self.page_bytes, 0) for n in (first, behind))
+            is_zero = data[:begin] == self._zeros[:begin] and data[end:] == self._zeros[end:]
+            require(is_zero, f"page {page} shows old bytes")
+
+    def _read_page(self, page: Page) -> bytes:
+        slot, plane_index, index = page
+        plane = self.layout.planes[plane_index]
+        start = self.cache.region.reservation.base + plane.base_bytes + slot * plane.span_bytes
+        return self.memory.read(start + index * self.page_bytes, self.page_bytes)
 
     def _is_waiting(self, slot: int) -> bool:
         return any(waiting == slot for waiting, _, _ in self.fences.values())
 
 
-def _require(condition: bool, what: str) -> None:
+def require(condition: bool, what: str) -> None:
+    """Raise AssertionError where a condition does not hold."""
     if not condition:
         raise AssertionError(what)
 
@@ -665,6 +690,7 @@ def random_run(
     *,
     kinds: Sequence[str] = KINDS,
     fault_share: float = 0.15,
+    run_type: type[Run] = Run,
     opener: str = "open_driver('host')",
     on_run: Callable[[Totals], bool] = lambda totals: True,
 ) -> Totals:
@@ -676,6 +702,7 @@ def random_run(
         driver: What to run on.
         kinds: Layouts to choose from.
         fault_share: Share of operations in which a fault is planned.
+        run_type: Which operations there are (`TieredRun` has more).
         opener: How a program that repeats a run opens the driver.
         on_run: Called after each cache; False ends it early.
 
@@ -685,17 +712,10 @@ def random_run(
     choose = random.Random(seed)
     totals = Totals()
     while totals.n_ops < n_ops:
-        run = Run(
-            driver,
-            choose.choice(kinds),
-            rows=choose.choice(tuple(ROWS)),
-            n_slots=choose.randint(2, 6),
-            max_pages=choose.randint(12, 60),
-            keep_freed=choose.random() < 0.5,
-        )
+        run = run_type(driver, **run_type.random_settings(choose, kinds))
         try:
             while run.n_ops < RUN_LENGTH and totals.n_ops + run.n_ops < n_ops and run.n_broken() < 2:
-                step(run, choose, fault_share)
+                run.random_step(choose, fault_share)
             run.finish()
         except Exception as error:
             raise Found(f"seed {seed}: {error!r}", run, opener) from error

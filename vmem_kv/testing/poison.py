@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from vmem_kv.driver.base import Driver, Handle, Span
 from vmem_kv.errors import VmemError
-from vmem_kv.testing.adaptor import Adaptor, Effect
+from vmem_kv.testing.adaptor import Adaptor, Effect, LivePages
 
 POISON = 0xFF
 
@@ -37,7 +37,7 @@ class PoisonDriver(Adaptor):
         super().__init__(inner, replace(inner.info, zeroes_new_pages=inner.info.zeroes_new_pages and is_zeroing))
         self.n_poisoned = 0
         """Pages poisoned so far."""
-        self._page_bytes: dict[Handle, int] = {}
+        self._page_bytes: LivePages[int] = LivePages()
         self._mapped: dict[int, Handle] = {}  # by address
         self._accessible: set[int] = set()  # addresses of mappings
         self._n_mappings: Counter[Handle] = Counter()
@@ -48,11 +48,11 @@ class PoisonDriver(Adaptor):
         """See `Driver.create`."""
         n_before = len(created)
         try:
-            self.inner.create(page_bytes, places, created)
+            with self._page_bytes.creating(created, lambda handle: page_bytes):
+                self.inner.create(page_bytes, places, created)
         finally:
-            with self._lock:
-                self._page_bytes.update(dict.fromkeys(created[n_before:], page_bytes))
-                if not self.info.zeroes_new_pages:
+            if not self.info.zeroes_new_pages:
+                with self._lock:
                     self._new.update(created[n_before:])
 
     def map(self, page_bytes: int, addresses: Sequence[int], handles: Sequence[Handle]) -> None:
@@ -101,15 +101,8 @@ class PoisonDriver(Adaptor):
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
         """See `Driver.release`."""
-        with self._lock:  # before the call: the names may be another thread's before it returns
-            sizes = {handle: self._page_bytes.pop(handle) for handle in handles if handle in self._page_bytes}
-        effect = Effect(len(handles))
-        try:
-            with effect:
-                self.inner.release(page_bytes, handles)
-        finally:
-            with self._lock:
-                self._page_bytes.update((h, sizes[h]) for h in handles[effect.n_done :] if h in sizes)
+        with self._page_bytes.releasing(handles):
+            self.inner.release(page_bytes, handles)
 
     def _pages_in(self, spans: Sequence[Span]) -> list[tuple[int, int, Handle]]:
         """The mapped pages of some ranges, as (address, bytes, handle)."""

@@ -13,6 +13,7 @@ different ones. Assumptions: rows and heads begin at multiples of 8 bytes and a 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +29,8 @@ Index = NDArray[np.int64]
 
 WORD_BYTES = 8
 TAG_BYTES = 2 * WORD_BYTES
+
+_LOW = 0xFFFFFFFF
 
 
 class TagMismatch(AssertionError):
@@ -149,6 +152,18 @@ class ShadowTags:
         """Expect in a slot the rows `[0, end)` of another one, as they are: they were copied or are the same memory."""
         self._expected[target, :end] = self._expected[source, :end]
 
+    def identities(self, slot: int, end: int) -> list[int]:
+        """Return a number for each of the rows `[0, end)` of a slot: equal ones at one position are the same row."""
+        tags = self._expected[slot, :end, 0] & np.uint64(_LOW)
+        return [int(sequence) << 32 | int(generation) for sequence, generation in tags]
+
+    def expect(self, slot: int, first: int, identities: Sequence[int]) -> None:
+        """Expect in a slot, from row `first` on, rows that came from elsewhere: those of these identities."""
+        numbers = np.array(identities, np.uint64)[:, None]
+        expected = self._expected[slot, first : first + len(identities)]
+        expected[..., 0] = self._positions[first : first + len(identities)] | numbers >> np.uint64(32)
+        expected[..., 1] = self._owners | numbers & np.uint64(_LOW)
+
     def verify(self, slot: int, first: int, end: int) -> None:
         """Look at the rows `[first, end)` of a slot, all of which were written.
 
@@ -173,6 +188,6 @@ def _describe(tag: Words) -> str:
         return "zeros"
     low, high = int(tag[0]), int(tag[1])
     return (
-        f"sequence {low & 0xFFFFFFFF} position {low >> 32} layer {(high >> 33) & 0x7FFF} "
-        f"{'V' if high >> 32 & 1 else 'K'} head {high >> 48} generation {high & 0xFFFFFFFF}"
+        f"sequence {low & _LOW} position {low >> 32} layer {(high >> 33) & 0x7FFF} "
+        f"{'V' if high >> 32 & 1 else 'K'} head {high >> 48} generation {high & _LOW}"
     )

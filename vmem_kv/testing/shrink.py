@@ -54,13 +54,13 @@ class Symptom(NamedTuple):
         return cls(type(error), tuple(f"{frame.filename}:{frame.lineno}" for frame in frames))
 
 
-def repeat(driver: Driver, settings: dict[str, Any], operations: Sequence[Operation]) -> Run:
+def repeat(driver: Driver, settings: dict[str, Any], operations: Sequence[Operation], run_type: type[Run] = Run) -> Run:
     """Make a run of a list of operations, without those that do not make sense any more, and finish it.
 
     Raises:
         Exception: Whatever goes wrong.
     """
-    run = Run(driver, **settings)
+    run = run_type(driver, **settings)
     for operation in operations:
         if run.is_possible(operation):
             run.do(operation)
@@ -69,7 +69,10 @@ def repeat(driver: Driver, settings: dict[str, Any], operations: Sequence[Operat
 
 
 def shrink_run(
-    open_driver: Callable[[], Driver], settings: dict[str, Any], operations: Sequence[Operation]
+    open_driver: Callable[[], Driver],
+    settings: dict[str, Any],
+    operations: Sequence[Operation],
+    run_type: type[Run] = Run,
 ) -> list[Operation]:
     """Return a short list of operations that goes wrong as `operations` do, each attempt on a driver of its own.
 
@@ -79,7 +82,7 @@ def shrink_run(
     def symptom_of(some: Sequence[Operation]) -> Symptom | None:
         driver = open_driver()
         try:
-            repeat(driver, settings, some)
+            repeat(driver, settings, some, run_type)
         except Exception as error:
             return Symptom.of(error)  # what it left behind goes with the process
         driver.close()

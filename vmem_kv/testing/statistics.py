@@ -1,6 +1,6 @@
 """How often each driver call is made, for how many items, how often it fails and how long it takes.
 
-Counted are the calls that make, change and copy memory, not those that ask (fences, streams, what is available).
+Counted are the calls that make, change, copy and pin memory, not those that ask (fences, streams, what is available).
 
 Guarantees: counts what took effect, also of calls that failed half way. A snapshot is consistent.
 Assumptions: the clock is monotonic. Calls of several threads at a time add up their times.
@@ -110,6 +110,14 @@ class StatisticsDriver(Adaptor):
     def copy_from_host(self, buffer: memoryview, address: int) -> Fence:
         with self._measured("copy_from_host", 1):
             return self.inner.copy_from_host(buffer, address)
+
+    def pin(self, address: int, n_bytes: int) -> None:
+        with self._measured("pin", 1):
+            self.inner.pin(address, n_bytes)
+
+    def unpin(self, address: int) -> None:
+        with self._measured("unpin", 1):
+            self.inner.unpin(address)
 
     @contextmanager
     def _measured(self, operation: str, n_items: int) -> Iterator[None]:

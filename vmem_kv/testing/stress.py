@@ -1,9 +1,9 @@
 """Random operations for as long as wanted, with faults and threads, and what was found: the engine of a command.
 
-With one thread every operation is held against the reference model (`operations.py`). With more, every other round,
-beginning with the first, lets threads work on one pool at a time: no model can say who comes first, so there each
-thread verifies the tags of its own sequences, and at the end of a round everything must add up, the ledger too, and
-nothing may be left.
+With one thread every operation is held against the reference model (`operations.py`); one round in four has a host
+tier, files and sessions as well (`tier_operations.py`). With more, every other round, beginning with the first, lets
+threads work on one pool at a time: no model can say who comes first, so there each thread verifies the tags of its own
+sequences, and at the end of a round everything must add up, the ledger too, and nothing may be left.
 
 Guarantees: ends early when asked, with everything given back and the verdict so far. A finding of a single thread comes
 with a program that repeats it, shortened; of several threads only the round can be named: what they choose repeats, the
@@ -28,12 +28,16 @@ from vmem_kv.pages import PagePool
 from vmem_kv.testing.clock import Clock
 from vmem_kv.testing.faults import FaultyDriver, Plan, Point, driver_error, no_faults
 from vmem_kv.testing.memory import ManualFence
-from vmem_kv.testing.operations import KINDS, MAX_TOKENS, ROWS, Found, Totals, random_run
+from vmem_kv.testing.operations import KINDS, MAX_TOKENS, ROWS, Found, Run, Totals, random_run
 from vmem_kv.testing.shadow import ShadowTags, words_of
 from vmem_kv.testing.shrink import shrink_run
+from vmem_kv.testing.tier_operations import TieredRun
 
 OPS_OF_ROUND = 300
 """Operations between two looks at the clock."""
+
+TIERED_ROUNDS = 4
+"""Of so many rounds, the last one parks sequences and brings them back as well."""
 
 SWITCH_INTERVAL_S = 1e-6
 """How often threads are switched in rounds of several."""
@@ -122,7 +126,10 @@ def run_stress(
             if is_threaded:
                 totals = _ThreadRound(driver, seed, left, options).run()
             else:
-                totals = random_run(seed, left, driver, fault_share=options.fault_share, opener=opener)
+                run_type = TieredRun if number % TIERED_ROUNDS == TIERED_ROUNDS - 1 else Run
+                totals = random_run(
+                    seed, left, driver, fault_share=options.fault_share, run_type=run_type, opener=opener
+                )
         except Found as found:
             progress.findings.append(_shortened(found, seed, number, left, open_driver, opener))
         except Exception as error:
@@ -147,7 +154,7 @@ def _shortened(
     found: Found, seed: int, number: int, n_ops: int, open_driver: Callable[[], Driver], opener: str
 ) -> Finding:
     run = found.run
-    run.history = shrink_run(open_driver, run.settings, run.history)
+    run.history = shrink_run(open_driver, run.settings, run.history, type(run))
     return Finding(found.what, seed, run.program(opener), number, n_ops)
 
 

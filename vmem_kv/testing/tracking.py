@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmem_kv.driver.base import Driver, Handle, Reservation
-from vmem_kv.testing.adaptor import Adaptor, Effect
+from vmem_kv.testing.adaptor import Adaptor, LivePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,15 @@ class TrackingDriver(Adaptor):
     def __init__(self, inner: Driver, max_frames: int = 12) -> None:
         super().__init__(inner)
         self._max_frames = max_frames
-        self._pages: dict[Handle, Taken] = {}
+        self._pages: LivePages[Taken] = LivePages()
         self._reservations: dict[Reservation, Taken] = {}
         self._lock = threading.Lock()
 
     def outstanding(self) -> list[Taken]:
         """Return all that was taken and not given back, reservations first, in the order in which it was taken."""
         with self._lock:
-            return [*self._reservations.values(), *self._pages.values()]
+            reservations = list(self._reservations.values())
+        return reservations + self._pages.notes()
 
     def reserve(self, n_bytes: int) -> Reservation:
         reservation = self.inner.reserve(n_bytes)
@@ -80,25 +81,13 @@ class TrackingDriver(Adaptor):
             raise
 
     def create(self, page_bytes: int, places: Sequence[int], created: list[Handle]) -> None:
-        n_before = len(created)
-        try:
+        stack = self._stack()
+        with self._pages.creating(created, lambda handle: self._taken("page", handle, page_bytes, stack)):
             self.inner.create(page_bytes, places, created)
-        finally:
-            stack = self._stack()
-            with self._lock:
-                for handle in created[n_before:]:
-                    self._pages[handle] = self._taken("page", handle, page_bytes, stack)
 
     def release(self, page_bytes: int, handles: Sequence[Handle]) -> None:
-        with self._lock:  # before the call, as above
-            taken = {handle: self._pages.pop(handle) for handle in handles if handle in self._pages}
-        effect = Effect(len(handles))
-        try:
-            with effect:
-                self.inner.release(page_bytes, handles)
-        finally:
-            with self._lock:
-                self._pages.update((handle, taken[handle]) for handle in handles[effect.n_done :] if handle in taken)
+        with self._pages.releasing(handles):
+            self.inner.release(page_bytes, handles)
 
     def _stack(self) -> tuple[str, ...]:
         frames = traceback.extract_stack(limit=self._max_frames + 2)[:-2]

@@ -209,9 +209,9 @@ class HostTier:
         """The rows of these tokens where they lie, plane by plane and token by token."""
         self.frames.require_owner()
         end_token = copy.n_tokens if end_token is None else end_token
+        planes, runs = copy.layout.planes, self.frames.runs(copy.frames)
         for piece in copy.pieces(first_token, end_token):
-            n_bytes = piece.n_tokens * copy.layout.planes[piece.plane_index].token_bytes
-            yield piece, self.frames.views(copy.frames, piece.first_byte, n_bytes)
+            yield piece, runs.views(piece.first_byte, piece.n_tokens * planes[piece.plane_index].token_bytes)
 
     def make_room(self, n_bytes: int) -> bool:
         """Drop spare copies until so much could be taken; return whether it can."""

@@ -21,11 +21,12 @@ import ctypes
 import heapq
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
 from vmem_kv.driver.ledger import PROCESS, Ledger
-from vmem_kv.errors import ConfigError, OutOfHostMemory, UsageError
+from vmem_kv.errors import ConfigError, DriverError, OutOfHostMemory, UsageError, VmemError
 from vmem_kv.machine import describe_machine
 from vmem_kv.units import MIB, ceil_div, format_bytes
 
@@ -98,28 +99,25 @@ class PlainMemory:
 
 
 class Pinner(Protocol):
-    """A device that can reach host memory directly, once it knows of it (cuMemHostRegister and its opposite)."""
+    """The part of a driver that pins host memory; see `Driver.pin` and `Driver.unpin`."""
 
     def pin(self, address: int, n_bytes: int) -> None:
-        """Keep a range in memory and make it known to the device.
-
-        Raises:
-            DriverError: Nothing changed.
-        """
+        """Let the device reach a range of host memory directly."""
 
     def unpin(self, address: int) -> None:
-        """Undo `pin` of the range that begins here; nothing is copied to or from it any more.
-
-        Raises:
-            DriverError: It is pinned still.
-        """
+        """Undo it."""
 
 
 class PinnedMemory:
     """Buffers that a device can reach directly: copies run at the speed of the link, and beside the caller.
 
+    Works over every driver: one that has no use for pinning pins nothing. A buffer that cannot be pinned is no buffer:
+    where the system keeps no more memory in place the tier is full (OutOfHostMemory) and sequences go on down as if it
+    were, and any other failure is an error. A tier that went on with ordinary memory instead would let every park wait
+    for the device in the caller's thread, with nobody told; who wants that gives `PlainMemory`.
+
     Args:
-        pinner: The device.
+        pinner: The driver. It is closed after the tier.
         memory: Where buffers come from before they are pinned.
     """
 
@@ -133,7 +131,10 @@ class PinnedMemory:
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer.view))
         try:
             self._pinner.pin(address, n_bytes)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, VmemError):  # interrupted: nobody says whether it is pinned
+                with contextlib.suppress(VmemError):
+                    self._pinner.unpin(address)
             buffer.close()
             raise
         return _PinnedBuffer(buffer, address, self._pinner)
@@ -156,9 +157,39 @@ class _PinnedBuffer:
     def close(self) -> None:
         """Unpin it and give it back; where the device refuses, it stays, and may be closed again."""
         if self._is_pinned:
-            self._pinner.unpin(self._address)
+            try:
+                self._pinner.unpin(self._address)
+            except DriverError as error:
+                if not error.is_fatal:  # a device that is lost reaches nothing any more
+                    raise
             self._is_pinned = False
         self._buffer.close()
+
+
+class Runs:
+    """Bytes that lie in frames, as few ranges that are contiguous in one buffer each."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._views: list[memoryview] = []
+
+    def add(self, first_byte: int, view: memoryview) -> None:
+        """Go on with a range, which begins with this byte."""
+        self._starts.append(first_byte)
+        self._views.append(view)
+
+    def views(self, first_byte: int, n_bytes: int) -> list[memoryview]:
+        """The bytes `[first_byte, first_byte + n_bytes)`, in order: a view for each range that they touch."""
+        found: list[memoryview] = []
+        at, end = first_byte, first_byte + n_bytes
+        index = bisect_right(self._starts, at) - 1
+        while at < end:
+            start = self._starts[index]
+            view = self._views[index][at - start : end - start]
+            found.append(view)
+            at += len(view)
+            index += 1
+        return found
 
 
 class FramePool:
@@ -239,24 +270,24 @@ class FramePool:
             heapq.heappush(self._free, frame)
         self.n_taken -= len(frames)
 
-    def views(self, frames: Sequence[int], first_byte: int, n_bytes: int) -> list[memoryview]:
-        """The bytes `[first_byte, first_byte + n_bytes)` of what lies in `frames`, in order: a view per range that is
-        contiguous in one buffer.
-        """
+    def runs(self, frames: Sequence[int]) -> Runs:
+        """Where the bytes of what lies in `frames` are. Good until one of them is given back."""
         frame_bytes, per_buffer = self.frame_bytes, self._frames_per_buffer
-        found: list[memoryview] = []
-        at, end = first_byte, first_byte + n_bytes
-        while at < end:
-            index = at // frame_bytes
+        runs = Runs()
+        index = 0
+        while index < len(frames):
             behind = index + 1
-            while behind * frame_bytes < end and self._follows(frames[behind - 1], frames[behind]):
+            while behind < len(frames) and self._follows(frames[behind - 1], frames[behind]):
                 behind += 1
-            stop = min(end, behind * frame_bytes)
-            frame = frames[index]
-            offset = frame % per_buffer * frame_bytes + at - index * frame_bytes
-            found.append(self._buffers[frame // per_buffer].view[offset : offset + stop - at])
-            at = stop
-        return found
+            offset = frames[index] % per_buffer * frame_bytes
+            view = self._buffers[frames[index] // per_buffer].view
+            runs.add(index * frame_bytes, view[offset : offset + (behind - index) * frame_bytes])
+            index = behind
+        return runs
+
+    def views(self, frames: Sequence[int], first_byte: int, n_bytes: int) -> list[memoryview]:
+        """The bytes `[first_byte, first_byte + n_bytes)` of what lies in `frames`; see `Runs.views`."""
+        return self.runs(frames).views(first_byte, n_bytes)
 
     def trim(self) -> int:
         """Give buffers of which no frame is taken back to the system; return how many bytes that freed.

@@ -109,6 +109,7 @@ class _Session:
         self.slot_id: SlotId | None = None
         self.disk_copy: DiskCopy | None = None
         self.copying: Parking | None = None  # on its way to host memory, and on the device still
+        self.is_wanted = False  # on its way back: it does not make room for itself
 
 
 class Sessions:
@@ -155,8 +156,8 @@ class Sessions:
             domain: Whose session it is.
 
         Raises:
-            UsageError: The name is kept already, or the slot is, or it is not active, or has another number of tokens.
-                Nothing changed.
+            UsageError: The name is kept already, or the slot is, or it is not active, or slid, or has another number
+                of tokens. Nothing changed.
         """
         session = self._sessions.get((domain, session_id))
         if session is not None and session.level is not Level.IN_USE:
@@ -166,6 +167,10 @@ class Sessions:
         ids = token_ids(tokens)
         if self._cache.n_tokens(slot_id) != len(ids):
             raise UsageError(f"{len(ids)} token ids for slot {slot_id} of {self._cache.n_tokens(slot_id)} tokens")
+        if self._cache.first_token(slot_id):
+            raise UsageError(
+                f"slot {slot_id} slid to token {self._cache.first_token(slot_id)}; only whole sequences are kept"
+            )
         session = session or _Session((domain, session_id), self._host.new_copy(self._cache.layout))
         session.slot_id, session.tokens, session.stay = slot_id, ids, stay or Stay()
         self._sessions[session.key] = session
@@ -252,7 +257,7 @@ class Sessions:
                 copy = files.load(path, self._host, self._cache.layout, identity)
                 break
             except OutOfHostMemory:
-                if not self._make_host_room():
+                if not self.push_down(Level.HOST):
                     raise
         session = _Session((domain, session_id), copy)
         session.tokens, session.stay = copy.tokens, stay or Stay()
@@ -303,6 +308,41 @@ class Sessions:
             self._move_down(session)
         return n_freed
 
+    def demote(self, session_id: str, *, domain: str = "") -> Level | None:
+        """Move a session one level down before its time; return where it is then, None for nowhere.
+
+        It goes further down for want of room, as by `poll`. What is copied is waited for.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+            SessionInUse: It is in use. Nothing changed.
+            VmemError: Moving it failed. It stays where it was.
+        """
+        session = self._find(session_id, domain)
+        if session.level is Level.IN_USE:
+            raise SessionInUse(f"session {session_id!r} is in use by a request; move it when that one has ended")
+        self._move_down(session)
+        return session.level if self._sessions.get(session.key) is session else None
+
+    def push_down(self, level: Level) -> bool:
+        """Move the next to expire of one level down; return whether there was one.
+
+        Raises:
+            VmemError: Moving it failed. It stays where it was.
+        """
+        there = self._at(level)
+        if there:
+            self._move_down(there[0])
+        return bool(there)
+
+    def tokens(self, session_id: str, *, domain: str = "") -> Sequence[int]:
+        """The tokens of a session, wherever it is; of one that is in use, those that it had when it was resumed.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain.
+        """
+        return self._find(session_id, domain).tokens
+
     def level(self, session_id: str, *, domain: str = "") -> Level:
         """Where a session is.
 
@@ -348,8 +388,9 @@ class Sessions:
             raise UnknownSession(f"no session {session_id!r}; it expired, or never was") from None
 
     def _at(self, level: Level) -> list[_Session]:
-        """The sessions of one level, the next to expire first."""
-        return sorted((s for s in self._sessions.values() if s.level is level), key=lambda session: session.due_s)
+        """The sessions of one level that may move down, the next to expire first."""
+        there = (s for s in self._sessions.values() if s.level is level and not s.is_wanted)
+        return sorted(there, key=lambda session: session.due_s)
 
     def _enter(self, session: _Session, level: Level) -> None:
         session.level = level
@@ -398,7 +439,7 @@ class Sessions:
             try:
                 session.copying = self._host.begin_copy(session.host_copy, self._cache, slot_id, session.tokens)
             except OutOfHostMemory:
-                if not self._make_host_room():
+                if not self.push_down(Level.HOST):
                     raise
 
     def _finish_copying(self, session: _Session) -> None:
@@ -421,13 +462,6 @@ class Sessions:
         self._enter(session, Level.DISK)
         self._n_moved_down += 1
 
-    def _make_host_room(self) -> bool:
-        """Move the next to expire of those in host memory down; return whether there was one."""
-        there = self._at(Level.HOST)
-        if there:
-            self._move_down(there[0])
-        return bool(there)
-
     def _bring_back(self, session: _Session) -> SlotId:
         """A new slot with the rows of a session that has none."""
         slot_id = self._cache.acquire(expected_tokens=len(session.tokens), domain=session.key[0])
@@ -448,17 +482,21 @@ class Sessions:
         """Bring a session's rows from disk to host memory, where they are a spare."""
         if self._disk is None or session.disk_copy is None:
             raise InvariantError(f"session {session.key[1]!r} has lost its rows: somebody dropped its host copy")
-        while True:
-            try:
-                session.host_copy = self._disk.load(session.disk_copy, self._host)
-                session.host_copy.is_spare = True
-                return
-            except OutOfHostMemory:
-                if not self._make_host_room():
-                    raise
-            except FileRefused:
-                self._lose(session)
-                raise
+        session.is_wanted = True
+        try:
+            while True:
+                try:
+                    session.host_copy = self._disk.load(session.disk_copy, self._host)
+                    session.host_copy.is_spare = True
+                    return
+                except OutOfHostMemory:
+                    if not self.push_down(Level.HOST):
+                        raise
+        except FileRefused:
+            self._lose(session)
+            raise
+        finally:
+            session.is_wanted = False
 
     def _retire_unwanted(self) -> VmemError | None:
         """Retire slots that were acquired in vain; return why one cannot be, for it to be tried again later."""

@@ -1,0 +1,518 @@
+"""Random operations on a cache with a host tier behind it: park, restore, copy out, drop, save, load, expire, resume.
+
+`TieredRun` is a `Run` with more operations. Beside what `operations.py` holds every run against, after each of them:
+the tier's books add up and are those of its own model (`tier_model.py`), every host copy holds the rows of the tokens
+that it should, and what came back into a slot carries the tags of those who wrote it. A file that was altered or cut
+off is refused, and nothing has changed. Pages that a restore mapped are zero wherever no row was put.
+
+Sessions (`retain`, `expire`, `resume`) meet no faults here: what becomes of them when every call of a driver fails is
+swept in the package's own tests.
+
+Guarantees and assumptions are those of `operations.py`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vmem_kv.driver.base import Driver
+from vmem_kv.driver.ledger import Ledger
+from vmem_kv.errors import DriverError, FileRefused, OutOfHostMemory, OutOfPages, OutOfSlots
+from vmem_kv.growth import SlotId
+from vmem_kv.testing.clock import ManualClock
+from vmem_kv.testing.model import Page
+from vmem_kv.testing.operations import Fault, Operation, Run, require, step
+from vmem_kv.testing.tier_model import ModelCopy, TierModel
+from vmem_kv.tiers import files
+from vmem_kv.tiers.copies import HostCopy
+from vmem_kv.tiers.disk import DiskTier
+from vmem_kv.tiers.files import ModelIdentity
+from vmem_kv.tiers.host import HostTier
+from vmem_kv.tiers.memory import FramePool, PinnedMemory
+from vmem_kv.tiers.sessions import Level, Sessions, Stay
+
+N_COPIES, N_FILES, N_SESSIONS = 4, 3, 3
+FRAMES_PER_BUFFER = 3
+STAY_S = 10.0
+MEMORY = Path("/dev/shm")
+IDENTITY = ModelIdentity("random operations", "bytes")
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A session as its owner remembers it."""
+
+    rows: list[int]
+    domain: str
+    slot: int | None  # while it is on the device
+    due_s: float
+    level: Level
+
+
+class TieredRun(Run):
+    """A run with a host tier, files and sessions; see this file's first lines.
+
+    Args:
+        driver: As of `Run`, and so all the others but one.
+        n_frames: The host tier's budget, in frames as large as a page.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        kind: str = "per_layer",
+        *,
+        rows: str = "odd",
+        n_slots: int = 4,
+        max_pages: int = 40,
+        keep_freed: bool = False,
+        n_frames: int = 40,
+    ) -> None:
+        super().__init__(driver, kind, rows=rows, n_slots=n_slots, max_pages=max_pages, keep_freed=keep_freed)
+        self.settings["n_frames"] = n_frames
+        frame_bytes = max(self.page_bytes, mmap.PAGESIZE)
+        self.frames = FramePool(
+            n_frames * frame_bytes,
+            PinnedMemory(self.driver),
+            frame_bytes=frame_bytes,
+            buffer_bytes=FRAMES_PER_BUFFER * frame_bytes,
+            ledger=Ledger(),
+        )
+        self.host = HostTier(self.frames)
+        self.tier = TierModel(self.layout.token_bytes, frame_bytes, n_frames)
+        self.copies: dict[int, HostCopy] = {}
+        self.files: dict[int, list[int]] = {}  # the rows of each; none where it was spoilt
+        self.clock = ManualClock()
+        self.kept: dict[int, _Kept] = {}
+
+    @cached_property
+    def directory(self) -> Path:
+        """Where files are, in memory if there is such a place."""
+        directory = Path(tempfile.mkdtemp(prefix="vmem_kv-", dir=MEMORY if MEMORY.is_dir() else None))
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)  # also of a run that went wrong
+        return directory
+
+    @cached_property
+    def sessions(self) -> Sessions:
+        """The sessions, on a third tier that is never full."""
+        disk = DiskTier(self.directory, 1 << 40)
+        weakref.finalize(self, disk.close)
+        return Sessions(self.cache, self.host, disk, self.clock)
+
+    # One method per operation.
+
+    def park(self, slot: int, copy: int, fault: Fault = None) -> None:
+        """Move a sequence's rows to a copy; its pages go back."""
+        self._begin("park", (slot, copy), fault)
+        self._bring_up_to_date(slot, copy, vacates=True)
+        self._end()
+
+    def copy_out(self, slot: int, copy: int, fault: Fault = None) -> None:
+        """Bring a copy up to date with a sequence, which goes on."""
+        self._begin("copy_out", (slot, copy), fault)
+        self._bring_up_to_date(slot, copy, vacates=False)
+        self._end()
+
+    def restore(self, copy: int, slot: int, first_token: int, n_tokens: int, fault: Fault = None) -> None:
+        """Bring the rows `[first_token, n_tokens)` of a copy to an empty slot, whose owner computes those before."""
+        self._begin("restore", (copy, slot, first_token, n_tokens), fault)
+        held, lengths = self.tier.copies[copy], {slot: n_tokens}
+        fresh = self.model.missing(lengths)
+        fits, victims = self.model.plan_ensure(lengths)
+        try:
+            self.host.restore(self.copies[copy], self.cache, SlotId(slot), first_token=first_token, n_tokens=n_tokens)
+        except OutOfPages:
+            require(not fits, "the pages were there")
+            if not self.is_faulted:
+                self.model.reclaimed(victims)
+        except DriverError:
+            require(self.is_faulted, "a driver error without a fault")
+            if self.cache.token_capacity(SlotId(slot)) >= n_tokens:  # they stay mapped
+                self.model.reclaimed(s for s in self.model.reclaim_order() if not self._is_warm(s))
+                self.model.premapped(lengths)
+                self._require_nothing_old(slot, copy, fresh)
+        else:
+            require(fits, "there were not so many pages")
+            if self.is_faulted:
+                victims = [s for s in self.model.reclaim_order() if not self._is_warm(s)]
+            self.model.reclaimed(victims)
+            self._came_back(slot, copy, first_token, n_tokens, fresh)
+            held.is_spare |= first_token == 0 and n_tokens == len(held.rows)
+        self._end()
+
+    def drop(self, copy: int, fault: Fault = None) -> None:
+        """Empty a copy."""
+        self._begin("drop", (copy,), fault)
+        self.host.drop(self.copies[copy])
+        del self.tier.copies[copy]
+        self._end()
+
+    def save(self, copy: int, file: int, fault: Fault = None) -> None:
+        """Write a copy to a file."""
+        self._begin("save", (copy, file), fault)
+        files.save(self._path(file), self.host, self.copies[copy], IDENTITY)
+        self.files[file] = list(self.tier.copies[copy].rows)
+        self._end()
+
+    def load(self, file: int, copy: int, fault: Fault = None) -> None:
+        """Read a file into a copy that holds nothing."""
+        self._begin("load", (file, copy), fault)
+        rows = self.files[file]
+        fits, victims = self.tier.plan_room(self.tier.n_frames(len(rows)), None)
+        try:
+            loaded = files.load(self._path(file), self.host, self.layout, IDENTITY)
+        except FileRefused:
+            require(not rows, "a whole file was refused")
+            self._take_over_drops()
+        except OutOfHostMemory:
+            require(not rows or not fits, "the host memory was there")
+        except DriverError:
+            require(self.is_faulted, "a driver error without a fault")
+            self._take_over_drops()
+        else:
+            require(bool(rows), "a file that was spoilt was loaded")
+            require(fits, "there was not so much host memory")
+            self.tier.dropped_for_room(victims)
+            self.copies[copy] = loaded
+            self.tier.holds(copy, ModelCopy(rows, [(0, len(rows))]))
+        self._end()
+
+    def spoil(self, file: int, at: int, cuts: bool, fault: Fault = None) -> None:
+        """Alter a byte of a file, or cut it off there."""
+        self._begin("spoil", (file, at, cuts), fault)
+        path = self._path(file)
+        data = bytearray(path.read_bytes())
+        at %= len(data)
+        data[at] ^= 0xFF
+        path.write_bytes(data[:at] if cuts else data)
+        self.files[file] = []
+        self._end()
+
+    def retain(self, slot: int, session: int, fault: Fault = None) -> None:
+        """Keep a sequence as a session, whose slot is nobody else's any more."""
+        self._begin("retain", (slot, session), None)
+        rows, domain = self._rows(slot), self.model.slots[slot].domain
+        stay = Stay(STAY_S, STAY_S, STAY_S)
+        self.sessions.retain(str(session), SlotId(slot), rows, stay, domain=domain)
+        self.kept[session] = _Kept(rows, domain, slot, self.clock() + STAY_S, Level.DEVICE)
+        self._end()
+
+    def expire(self, seconds: float, fault: Fault = None) -> None:
+        """Let time pass; sessions whose time is over go down a level."""
+        self._begin("expire", (seconds,), None)
+        self.clock.advance(seconds)
+        now_s = self.clock()
+        self.sessions.poll()
+        for session, kept in sorted(self.kept.items(), key=lambda item: item[1].due_s):
+            if session in self.kept and kept.due_s <= now_s:
+                self._sink(session)
+        self._end()
+
+    def resume(self, session: int, fault: Fault = None) -> None:
+        """Bring a session back, whose owner forgets that it was one."""
+        self._begin("resume", (session,), None)
+        kept = self.kept[session]
+        if kept.slot is None:
+            self._bring_back(session, kept)
+        else:
+            slot, rows = self.sessions.resume(str(session), domain=kept.domain)
+            require((slot, list(rows)) == (kept.slot, kept.rows), f"slot {slot} came back instead of {kept.slot}")
+            self._forget(session)
+        self._end()
+
+    # What `Run` asks
+
+    @classmethod
+    def random_settings(cls, choose: random.Random, kinds: Sequence[str]) -> dict[str, Any]:
+        """Choose the arguments of a run."""
+        return {**super().random_settings(choose, kinds), "n_frames": choose.randint(15, 60)}
+
+    def random_step(self, choose: random.Random, fault_share: float) -> None:
+        """Do one random operation."""
+        tiered_step(self, choose, fault_share)
+
+    def live(self) -> list[int]:
+        """Slots that belong to sequences, those of sessions not included."""
+        theirs = {kept.slot for kept in self.kept.values()}
+        return [slot for slot in super().live() if slot not in theirs]
+
+    def is_possible(self, operation: Operation) -> bool:
+        """Whether an operation makes sense now."""
+        name, arguments = operation.name, operation.arguments
+        if name in ("park", "copy_out"):
+            return arguments[0] in self.parkable()
+        if name == "restore":
+            copy, slot, _, n_tokens = arguments
+            return slot in self.empty() and copy in self.tier.copies and n_tokens <= len(self.tier.copies[copy].rows)
+        if name in ("drop", "save"):
+            return arguments[0] in self.tier.copies
+        if name == "load":
+            return arguments[0] in self.files and arguments[1] not in self.tier.copies
+        if name == "spoil":
+            return arguments[0] in self.files
+        if name == "retain":
+            return arguments[0] in self.parkable() and arguments[1] not in self.kept
+        if name == "resume":
+            return arguments[0] in self.kept
+        return name == "expire" or super().is_possible(operation)
+
+    def finish(self) -> None:
+        """End everything and look for what is left; see `Run.finish`."""
+        if self.kept:
+            self.sessions.close()
+        self.host.close()
+        require(self.frames.n_bytes == 0, "host memory is left")
+        super().finish()
+
+    # What the choice of the next operation may look at
+
+    def parkable(self) -> list[int]:
+        """Slots of whole sequences that have tokens."""
+        slots = self.model.slots
+        return [slot for slot in self.live() if slots[slot].n_tokens and not slots[slot].first_token]
+
+    def empty(self) -> list[int]:
+        """Slots of sequences without tokens, which can grow."""
+        return [slot for slot in self.whole() if not self.model.slots[slot].n_tokens]
+
+    # Inside
+
+    def _end(self, fresh: Iterable[Page] = ()) -> None:
+        super()._end(fresh)
+        self.host.check()
+        self.tier.compare(self.host.stats())
+        for number, held in self.tier.copies.items():
+            require(list(self._copy(number).tokens) == held.rows, f"copy {number} holds other rows")
+        for session, kept in self.kept.items():
+            level = self.sessions.level(str(session), domain=kept.domain)
+            require(level is kept.level, f"session {session} is at level {level}, not {kept.level}")
+
+    def _bring_up_to_date(self, slot: int, number: int, *, vacates: bool) -> None:
+        copy = self.copies.setdefault(number, self.host.new_copy(self.layout))
+        rows = self._rows(slot)
+        new, n_moved, n_frames = self.tier.after_park(number, rows)
+        fits, victims = self.tier.plan_room(n_frames, number)
+        call = self.host.park if vacates else self.host.copy_out
+        try:
+            call(copy, self.cache, SlotId(slot), rows)
+        except OutOfHostMemory:
+            require(not fits, "the host memory was there")
+            return
+        except DriverError:
+            require(self.is_faulted, "a driver error without a fault")
+            self._take_over_drops()
+            parts = [(extent.first_token, extent.n_tokens) for extent in copy.extents]
+            if (list(copy.tokens), parts) != (new.rows, new.parts):
+                return  # then it must be as it was
+        else:
+            require(fits, "there was not so much host memory")
+            self.tier.dropped_for_room(victims)
+        self.tier.holds(number, new)
+        self.tier.out_bytes += n_moved * self.tier.row_bytes
+        is_vacated = not self.cache.n_tokens(SlotId(slot))
+        require(is_vacated == vacates or self.is_faulted, "the sequence is where it should not be")
+        # Where nothing had to move, nobody sees whether a call that broke off came so far as to say that it is spare.
+        new.is_spare = not is_vacated and (copy.is_spare or not self.is_faulted)
+        if is_vacated:
+            self.model.vacated(slot)
+
+    def _came_back(self, slot: int, number: int, first_token: int, n_tokens: int, fresh: set[Page]) -> None:
+        """Rows were put into a slot; the owner writes those before them."""
+        self.model.ensured({slot: n_tokens})
+        self._require_zero(fresh, first=first_token, behind=n_tokens)
+        self.tags.expect(slot, first_token, self.tier.copies[number].rows[first_token:n_tokens])
+        self.tags.write(slot, 0, first_token, self._sequences[slot])
+        self.tier.in_bytes += (n_tokens - first_token) * self.tier.row_bytes
+        self.tier.holds(number, self.tier.copies[number])  # used last
+
+    def _bring_back(self, session: int, kept: _Kept) -> None:
+        """Resume a session that has no slot, which takes one, pages, and maybe host memory."""
+        n_tokens, number = len(kept.rows), self._number(session)
+        slot = next(iter(self.model.best_slots(1, n_tokens)), None)
+        try:
+            resumed = self.sessions.resume(str(session), domain=kept.domain)
+        except OutOfSlots:
+            require(slot is None, f"slot {slot} is free")
+            return
+        except (OutOfPages, OutOfHostMemory) as error:
+            require(slot is not None, "there was no slot")
+            failure: Exception | None = error
+        else:
+            require(resumed.slot_id == slot, f"slot {resumed.slot_id} was taken, not {slot}")
+            failure = None
+        if slot is None:
+            return
+        state = self.model.slots[slot]
+        is_foreign = state.state == "warm" and state.domain != kept.domain
+        self.model.acquired(slot, kept.domain)
+        self.n_sequences += 1
+        self._sequences[slot] = self.n_sequences
+        fresh = {page for page in self.model.pages if page[0] == slot} if is_foreign else set()
+        is_there = number in self.tier.copies or self._read_back(session, kept)
+        require(is_there or isinstance(failure, OutOfHostMemory), "there was not so much host memory")
+        if is_there:
+            fresh |= self.model.missing({slot: n_tokens})
+            fits, victims = self.model.plan_ensure({slot: n_tokens})
+            require(fits == (failure is None), f"the pages {'were' if fits else 'were not'} there: {failure!r}")
+            self.model.reclaimed(victims)
+        if failure is not None:
+            self.model.retired(slot)
+            self.model.fence_passed(slot)
+            return
+        self._came_back(slot, number, 0, n_tokens, fresh)
+        self._forget(session)
+
+    def _read_back(self, session: int, kept: _Kept) -> bool:
+        """Rows came from disk to host memory; return whether there was room."""
+        while True:
+            fits, victims = self.tier.plan_room(self.tier.n_frames(len(kept.rows)), None)
+            if fits:
+                self.tier.dropped_for_room(victims)
+                self.tier.holds(self._number(session), ModelCopy(kept.rows, [(0, len(kept.rows))], is_spare=True))
+                return True
+            if not self._make_host_room():
+                return False
+
+    def _sink(self, session: int) -> None:
+        """A session went down a level, or further for want of room."""
+        kept, number = self.kept[session], self._number(session)
+        if kept.level is Level.DISK:
+            self._lost(session)
+            return
+        slot, kept.slot = kept.slot, None
+        if kept.level is Level.HOST:
+            del self.tier.copies[number]
+            kept.level = Level.DISK
+        else:
+            new, n_moved, n_frames = self.tier.after_park(number, kept.rows)
+            while not (room := self.tier.plan_room(n_frames, number))[0] and self._make_host_room():
+                pass
+            if room[0]:
+                self.tier.dropped_for_room(room[1])
+                self.tier.holds(number, new)
+                self.tier.out_bytes += n_moved * self.tier.row_bytes
+                kept.level = Level.HOST
+            else:
+                self._lost(session)
+        kept.due_s = self.clock() + STAY_S
+        if slot is not None:
+            self.model.retired(slot)
+            self.model.fence_passed(slot)
+
+    def _make_host_room(self) -> bool:
+        """The session in host memory that is the next to expire went to disk."""
+        there = [session for session, kept in self.kept.items() if kept.level is Level.HOST]
+        if there:
+            self._sink(min(there, key=lambda session: self.kept[session].due_s))
+        return bool(there)
+
+    def _lost(self, session: int) -> None:
+        self.tier.copies.pop(self._number(session), None)
+        del self.kept[session]
+
+    def _forget(self, session: int) -> None:
+        self.sessions.forget(str(session), domain=self.kept[session].domain)
+        self._lost(session)
+
+    def _take_over_drops(self) -> None:
+        """A call broke off: spare copies may have gone for room."""
+        for number, held in list(self.tier.copies.items()):
+            if held.is_spare and not self._copy(number).n_tokens:
+                self.tier.dropped_for_room([number])
+
+    def _require_nothing_old(self, slot: int, number: int, pages: set[Page]) -> None:
+        """A restore broke off: new pages hold rows of the copy, or zeros."""
+        rows = [bytearray() for _ in self.layout.planes]
+        for piece, views in self.host.rows(self.copies[number]):
+            for view in views:
+                rows[piece.plane_index] += view
+        for page in pages:
+            _, plane_index, index = page
+            found = self._read_page(page)
+            first = index * self.page_bytes
+            wanted = bytes(rows[plane_index][first : first + self.page_bytes]).ljust(self.page_bytes, b"\0")
+            is_ours = all(a in (0, b) for a, b in zip(found, wanted, strict=True))
+            require(is_ours, f"page {page} shows old bytes after a restore that failed")
+
+    def _rows(self, slot: int) -> list[int]:
+        return self.tags.identities(slot, self.model.slots[slot].n_tokens)
+
+    def _is_warm(self, slot: int) -> bool:
+        return self.cache._slots.state[slot].value == "warm"
+
+    def _path(self, file: int) -> Path:
+        return self.directory / f"{file}.kv"
+
+    def _number(self, session: int) -> int:
+        """By which the model knows a session's copy."""
+        return N_COPIES + session
+
+    def _copy(self, number: int) -> HostCopy:
+        if number < N_COPIES:
+            return self.copies[number]
+        session = number - N_COPIES
+        return self.sessions._find(str(session), self.kept[session].domain).host_copy
+
+
+def tiered_step(run: TieredRun, choose: random.Random, fault_share: float = 0.15) -> None:
+    """Do one random operation: one in three goes to the tiers."""
+    kind = choose.random()
+    if kind >= 1 / 3:
+        step(run, choose, fault_share)
+        return
+    fault = (choose.random() < 0.5, choose.choice((1, 1, 2, 3, 5, 8))) if choose.random() < fault_share else None
+    kind = choose.random()
+    held, parkable, kept = list(run.tier.copies), run.parkable(), list(run.kept)
+    held = [number for number in held if number < N_COPIES]
+    free = [number for number in range(N_COPIES) if number not in held]
+    if kind < 0.36:
+        if parkable:
+            run.park(choose.choice(parkable), choose.randrange(N_COPIES), fault)
+    elif kind < 0.42:
+        if parkable:
+            run.copy_out(choose.choice(parkable), choose.randrange(N_COPIES), fault)
+    elif kind < 0.70:
+        if held:
+            _step_of_restoring(run, choose.choice(held), choose, fault)
+    elif kind < 0.74:
+        if held:
+            run.drop(choose.choice(held), fault)
+    elif kind < 0.78:
+        if held:
+            run.save(choose.choice(held), choose.randrange(N_FILES), fault)
+    elif kind < 0.84:
+        if run.files and free:
+            run.load(choose.choice(list(run.files)), choose.choice(free), fault)
+    elif kind < 0.86:
+        if run.files:
+            run.spoil(choose.choice(list(run.files)), choose.randrange(1 << 20), choose.random() < 0.3, fault)
+    elif kind < 0.91:
+        new = [session for session in range(N_SESSIONS) if session not in run.kept]
+        if parkable and new:
+            run.retain(choose.choice(parkable), choose.choice(new))
+    elif kind < 0.96:
+        run.expire(choose.choice((1.0, STAY_S / 2, STAY_S)))
+    elif kept:
+        run.resume(choose.choice(kept))
+
+
+def _step_of_restoring(run: TieredRun, copy: int, choose: random.Random, fault: Fault) -> None:
+    """Into an empty slot, mostly all of it."""
+    empty = run.empty()
+    if not empty:
+        slot = run.acquire(choose.choice((0, 48)), choose.choice("ab"))
+        empty = [] if slot is None else [slot]
+    if empty:
+        n_held = len(run.tier.copies[copy].rows)
+        n_tokens = n_held if choose.random() < 0.7 else choose.randint(1, n_held)
+        first_token = 0 if choose.random() < 0.7 else choose.randint(0, n_tokens)
+        run.restore(copy, choose.choice(empty), first_token, n_tokens, fault)
