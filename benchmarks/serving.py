@@ -100,6 +100,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--threads", type=int, default=2, metavar="N")
     add("--vllm-python", type=Path, metavar="FILE", help="an interpreter that has vLLM's CPU build")
+    add("--vllm-option", type=_named_value, action="append", default=[], metavar="NAME=VALUE",
+        help="of vLLM's EngineArgs, value in JSON; it runs eagerly but for enforce_eager=false")  # fmt: skip
     add("--timeout", type=float, default=1800.0, metavar="S", help="of one engine's visit")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--plot", type=Path, metavar="FILE", help="draw tokens and memory over time (PNG, SVG, PDF)")
@@ -115,6 +117,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _named_value(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a value in JSON") from None
+
+
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Visit every engine with every workload; return the record."""
     from transformers import AutoConfig
@@ -128,7 +138,8 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     groups = workloads(options, config.vocab_size)
     token_bytes = _token_bytes(config, options.dtype)
     n_blocks = max(n_blocks_of(workload) for _, group in groups for workload in group)
-    setting = Setting(folder, options.dtype, options.threads, token_bytes, n_blocks * PAGE_TOKENS * token_bytes)
+    kv_bytes = n_blocks * PAGE_TOKENS * token_bytes
+    setting = Setting(folder, options.dtype, options.threads, token_bytes, kv_bytes, tuple(options.vllm_option))
     warm_up = at_once(2, (16, 32), (4, 4), config.vocab_size, options.seed + 1)
     visits: list[dict[str, Any]] = []
     for round_index in range(options.rounds):

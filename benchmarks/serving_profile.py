@@ -1,6 +1,6 @@
 """Where a serving step's time goes, by stage.
 
-    python -m benchmarks.serving_profile [MODEL] [--requests 16] [--threads 2] [--json FILE]
+    python -m benchmarks.serving_profile [MODEL] [--requests 16] [--threads 2] [--sampled top_p=0.9] [--json FILE]
 
 Runs one workload through the engine and reports, for steps that only decode and for those that also compute prompts,
 the time of each stage:
@@ -94,10 +94,13 @@ def instrument(engine: Engine, model: torch.nn.Module, watch: Stopwatch) -> None
         answer.add = watch.timed("answers", answer.add)
 
 
-def profile(engine: Engine, model: torch.nn.Module, workload: Workload) -> dict[str, Any]:
-    """Serve requests; return seconds by kind of step and stage."""
-    for ask in workload.asks:
-        engine.add(Request(ask.prompt, SamplingParams(temperature=0.0, max_tokens=ask.n_output, ignore_eos=True)))
+def profile(
+    engine: Engine, model: torch.nn.Module, workload: Workload, sampling: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Serve requests; return seconds by kind of step and stage. They are greedy unless parameters are given."""
+    for seed, ask in enumerate(workload.asks):
+        chosen = {"temperature": 0.0} if sampling is None else {"seed": seed, **sampling}
+        engine.add(Request(ask.prompt, SamplingParams(max_tokens=ask.n_output, ignore_eos=True, **chosen)))
     watch = Stopwatch()
     instrument(engine, model, watch)
     step = watch.timed("step", engine.step)
@@ -141,6 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--max-batch-tokens", type=int, default=512)
+    parser.add_argument(
+        "--sampled",
+        type=_parameter,
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="draw tokens instead of taking the likeliest; parameters such as temperature=0.8 top_p=0.9",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -156,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     engine = Engine(model, tokenizer, config)
     workload = at_once(options.requests, options.prompts, options.outputs, engine.vocabulary, seed=0)
     wall, cpu = time.perf_counter(), time.process_time()
-    stages = profile(engine, model, workload)
+    stages = profile(engine, model, workload, None if options.sampled is None else dict(options.sampled))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     n_tokens = engine.snapshot().n_generated_tokens
     engine.close()
@@ -173,6 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.json:
         write_json(options.json, "serving_profile", record)
     return record
+
+
+def _parameter(text: str) -> tuple[str, int | float]:
+    name, _, value = text.partition("=")
+    return name, float(value) if "." in value else int(value)
 
 
 def _stages(seconds: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmem_kv.cache import KVCache as KVCache
     from vmem_kv.devices import open_driver as open_driver
     from vmem_kv.driver.host import HostDriver as HostDriver
+    from vmem_kv.engine.beams import BeamParams as BeamParams
     from vmem_kv.engine.llm import LLM as LLM
     from vmem_kv.engine.sampling_params import SamplingParams as SamplingParams
     from vmem_kv.integrations.hf import VmemCache as VmemCache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BeamParams": "vmem_kv.engine.beams",
     "HostDriver": "vmem_kv.driver.host",
     "KVCache": "vmem_kv.cache",
     "LLM": "vmem_kv.engine.llm",

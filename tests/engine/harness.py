@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,8 @@ from vmem_kv.engine.request import Request, SequenceUpdate
 from vmem_kv.engine.sampling_params import SamplingParams
 from vmem_kv.growth import SlotId
 
+WAIT_S = 120.0
+"""For what must come true, on however busy a machine."""
 MAX_STEPS = 5_000
 """More steps than any test's requests need: who takes more makes no progress."""
 
@@ -42,6 +45,7 @@ def engine_on(
     tokenizer: Any = None,
     driver: OpenDriver | None = None,
     may_lose_pages: bool = False,
+    clock: Callable[[], float] = time.monotonic,
     **options: Any,
 ) -> Iterator[Engine]:
     """Yield an engine on a model of its own; afterwards nothing may be left in its memory.
@@ -49,7 +53,7 @@ def engine_on(
     But for pages whose release failed, where `may_lose_pages` says so: they are counted, and nobody's.
     """
     model = copy.deepcopy(build_model(architecture))
-    engine = Engine(model, tokenizer, make_config(**options), open_driver=driver or backend())
+    engine = Engine(model, tokenizer, make_config(**options), open_driver=driver or backend(), clock=clock)
     try:
         yield engine
         engine.memory.cache.check()
@@ -60,15 +64,41 @@ def engine_on(
     assert engine.memory.pool.n_owned == (engine.memory.pool.n_quarantined if may_lose_pages else 0)
 
 
+@contextmanager
+def held_after(n_steps: int, engine: Engine) -> Iterator[None]:
+    """Let an engine that runs in a thread take so many steps; within the block, any further one does nothing."""
+    stock, n_left = engine.step, n_steps
+
+    def step() -> list[SequenceUpdate]:
+        nonlocal n_left
+        if not n_left:
+            time.sleep(0.001)
+            return []
+        n_left -= 1
+        return stock()
+
+    engine.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.step = stock  # type: ignore[method-assign]
+
+
 def slots_in_use(engine: Engine) -> set[SlotId]:
     """Slots that belong to sequences, those left out that are only cached."""
     return set(engine.memory.cache.active_slots()) - engine.slots.cached_slots()
 
 
 def n_pages_in_use(engine: Engine) -> int:
-    """Pages that giving up all that is cached would not free, beside those of warm slots."""
-    stats = engine.snapshot()
-    return stats.cache.n_live_pages - (0 if stats.prefixes is None else stats.prefixes.n_held_pages)
+    """Pages that giving up all that is cached would not free, beside those of warm slots. Of an idle engine.
+
+    What the mapper still maps is waited for, and counted where it lies: it may come late, under a slot that is only
+    cached by then.
+    """
+    premapper = engine.memory.premapper
+    assert premapper is None or premapper.wait_idle(WAIT_S)
+    n_held = engine.slots.n_available_pages() - engine.memory.n_available_pages()
+    return engine.snapshot().cache.n_live_pages - n_held
 
 
 @functools.cache

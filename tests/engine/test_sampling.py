@@ -170,7 +170,8 @@ def test_the_same_seed_gives_the_same_answer_in_any_company() -> None:
 
 def test_without_a_seed_answers_differ() -> None:
     with engine_on() as engine:
-        requests = [Request(prompt_of(9), SamplingParams(max_tokens=20, temperature=2.0)) for _ in range(2)]
+        params = SamplingParams(max_tokens=100, temperature=2.0, ignore_eos=True)
+        requests = [Request(prompt_of(9), params) for _ in range(2)]
         answers = run(engine, requests)
     assert answers[requests[0].request_id][0].token_ids != answers[requests[1].request_id][0].token_ids
 

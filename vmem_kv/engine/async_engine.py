@@ -20,15 +20,18 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
 from vmem_kv.engine.engine import Engine, EngineStats
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
 from vmem_kv.errors import (
+    DriverError,
     EngineDead,
     InvalidRequest,
+    InvariantError,
     QueueFull,
     ReaderTooSlow,
     RequestError,
@@ -36,8 +39,11 @@ from vmem_kv.errors import (
     UsageError,
     VmemError,
 )
+from vmem_kv.tiers.sessions import Level
 
 MAX_UNREAD_CHARACTERS = 64 * 1024
+_LOGPROB_CHARACTERS = 4
+"""What a log probability counts as: of a token without text there can be many."""
 HEARTBEAT_S = 0.25
 """How often an idle engine shows that it is alive."""
 _LOG = logging.getLogger("vmem_kv")
@@ -132,7 +138,10 @@ class AnswerStream:
             self._unread[update.index] = update
         else:
             unread.append(update)
-        n_characters = sum(len(u.text) for u in self._unread.values())
+        n_characters = sum(
+            len(u.text) + _LOGPROB_CHARACTERS * sum(1 + len(entry.top) for entry in u.logprobs)
+            for u in self._unread.values()
+        )
         if n_characters > self._max_unread_characters:
             self._unread.clear()
             self.fail(ReaderTooSlow(f"{n_characters} characters of the answer were not read; the request was ended"))
@@ -159,6 +168,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._to_add: deque[Request] = deque()
         self._to_abort: deque[str] = deque()
+        self._to_do: deque[tuple[Future[Level | None], Callable[[], Level | None]]] = deque()
+        """What others want the thread to do between two steps."""
         self._streams: dict[str, AnswerStream] = {}
         self._is_draining = False
         self._stopping = False
@@ -201,8 +212,12 @@ class AsyncEngine:
             self._wake.notify_all()
         return stream
 
-    def require_place(self, n_answers: int) -> None:
+    def require_place(self, n_answers: int, n_coming: int = 0) -> None:
         """Check that so many more answers would be taken on now: before anything is done for a request.
+
+        Args:
+            n_answers: Of the request.
+            n_coming: Of requests before it that will be submitted soon.
 
         Raises:
             InvalidRequest: So many never have a place here.
@@ -220,7 +235,7 @@ class AsyncEngine:
                 raise self._death
             if self._is_draining or self._stopping:
                 raise ShuttingDown("the engine is shutting down and takes on no new requests")
-            if not self.engine.has_place(sum(r.params.n for r in self._to_add) + n_answers):
+            if not self.engine.has_place(sum(r.params.n for r in self._to_add) + n_coming + n_answers):
                 self.n_rejected += 1
                 raise QueueFull("too many requests wait already; try again later")
 
@@ -229,6 +244,23 @@ class AsyncEngine:
         with self._wake:
             self._to_abort.append(request_id)
             self._wake.notify_all()
+
+    def park_session(self, session_id: str, domain: str = "", timeout_s: float = 60.0) -> Level | None:
+        """Let the engine's thread move a session one level down, between two steps; see `Engine.park_session`.
+
+        Blocks; not for an event loop that requests wait for.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+            TimeoutError: It took longer than `timeout_s`; it may still happen.
+        """
+        done: Future[Level | None] = Future()
+        with self._wake:
+            if self._death is not None or self._stopping or self._thread is None:
+                raise self._death or EngineDead("the engine does not run")
+            self._to_do.append((done, lambda: self.engine.park_session(session_id, domain)))
+            self._wake.notify_all()
+        return done.result(timeout_s)
 
     def snapshot(self) -> EngineStats:
         """Return what there is to know just now."""
@@ -284,6 +316,8 @@ class AsyncEngine:
             while self._take_in():
                 if self.engine.has_work:
                     self._hand_out(self.engine.step())
+                else:
+                    self.engine.tend()
                 self._seen_alive_s = time.monotonic()
             for request_id in list(self._streams):
                 self._hand_out(self.engine.abort(request_id))
@@ -294,18 +328,22 @@ class AsyncEngine:
     def _take_in(self) -> bool:
         """Wait for work, hand it to the engine, and return whether to go on."""
         with self._wake:
-            if not (self._stopping or self._to_add or self._to_abort or self.engine.has_work):
+            if not (self._stopping or self._to_add or self._to_abort or self._to_do or self.engine.has_work):
                 self._wake.wait(HEARTBEAT_S)
             # Under the lock, so that `require_place` counts every request once: here or there.
             while self._to_add:
                 self._add(self._to_add.popleft())
             aborting = list(self._to_abort)
             self._to_abort.clear()
+            doing = list(self._to_do)
+            self._to_do.clear()
             stopping = self._stopping
         for request_id in aborting:
             self._hand_out(self.engine.abort(request_id))
             with self._wake:
                 self._streams.pop(request_id, None)
+        for done, job in doing:
+            _do(done, job)
         return not stopping
 
     def _add(self, request: Request) -> None:
@@ -343,11 +381,25 @@ class AsyncEngine:
         with self._wake:
             self._death = death
             streams, self._streams = list(self._streams.values()), {}
+            undone, self._to_do = list(self._to_do), deque()
+        for done, _ in undone:
+            done.set_exception(death)
         for stream in streams:
             try:
                 stream.loop.call_soon_threadsafe(stream.fail, death)
             except RuntimeError:  # the loop is closed, and nobody reads any more
                 continue
+
+
+def _do(done: Future[Level | None], job: Callable[[], Level | None]) -> None:
+    """Do what somebody waits for; a failure that ends the engine ends his waiting, too."""
+    try:
+        done.set_result(job())
+    except BaseException as error:
+        done.set_exception(error)
+        is_lost = isinstance(error, DriverError) and error.is_fatal
+        if is_lost or isinstance(error, InvariantError) or not isinstance(error, VmemError):
+            raise
 
 
 def _deliver(deliveries: list[tuple[AnswerStream, SequenceUpdate]]) -> None:

@@ -17,7 +17,8 @@ class EngineConfig:
 
     Attributes:
         max_num_seqs: The most sequences that compute together; each has a slot.
-        max_model_len: The most tokens of a sequence, prompt and answer; default: what the model was made for.
+        max_model_len: The most tokens of a sequence, prompt and answer; default: what the model was made for, and with
+            LongRoPE the part of it in which the short factors hold.
         max_batch_tokens: The most tokens of one step. Longer prompts are computed in chunks.
         max_queued: The most requests that wait; more are refused.
         max_n: The most answers that one request may ask for.
@@ -30,11 +31,18 @@ class EngineConfig:
             more than K and V of all tokens compute everything anyway.
         prefix_policy: Which cached prefix goes first when room is needed: "lru", the least recently used, or "cost",
             the one of which the least work for each page is expected to be saved.
-        prefix_share: The part of the memory budget, from 0 to 1, that cached prefixes may hold which nobody uses. They
-            give way to live requests in any case.
-        prefix_slots: How many of them are kept, beyond the slots that are free anyway; default: three for each running
-            sequence. They cost addresses, not memory.
+        prefix_share: The part of the memory budget, from 0 to 1, that cached prefixes may hold which nobody uses,
+            sessions included. They give way to live requests in any case.
+        prefix_slots: How many of them, and of sessions, are kept, beyond the slots that are free anyway; default: three
+            for each running sequence. They cost addresses, not memory.
         prefix_min_tokens: Shorter prefixes are computed: that costs less than looking after them.
+        host_bytes: Host memory for what running sequences lose for want of pages, and for sessions; 0 for none, and
+            then there are no sessions. It is taken as it is needed, and kept.
+        disk_bytes: Room on disk for sessions beyond that; 0 for none.
+        disk_folder: Where, on a local disk.
+        session_ttl_s: How long a session that nobody asks for keeps its slot. Then it is in host memory for ten times
+            as long, on disk for sixty times, and is gone.
+        max_sessions: The most sessions, wherever they are.
         cache: How memory is used: budget, page size, layout. `max_tokens` is ours (`max_model_len`).
 
     Raises:
@@ -55,6 +63,11 @@ class EngineConfig:
     prefix_share: float = 1.0
     prefix_slots: int | None = None
     prefix_min_tokens: int = 16
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    disk_folder: str | None = None
+    session_ttl_s: float = 60.0
+    max_sessions: int = 1_024
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
@@ -65,13 +78,14 @@ class EngineConfig:
             "max_queued",
             "max_n",
             "prefix_min_tokens",
+            "max_sessions",
         ):
             value = getattr(self, name)
             if value is None and name == "max_model_len":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive number")
-        for name in ("premap_tokens", "prefix_slots"):
+        for name in ("premap_tokens", "prefix_slots", "host_bytes", "disk_bytes"):
             value = getattr(self, name)
             if value is None and name == "prefix_slots":
                 continue
@@ -81,6 +95,12 @@ class EngineConfig:
             raise ConfigError(f"prefix_policy is {self.prefix_policy!r}; choose one of {', '.join(PREFIX_POLICIES)}")
         if not 0 <= self.prefix_share <= 1:
             raise ConfigError(f"prefix_share is {self.prefix_share!r}; it must be from 0 to 1")
+        if not self.session_ttl_s >= 0:
+            raise ConfigError(f"session_ttl_s is {self.session_ttl_s!r}; it must be 0 or more seconds")
+        if self.disk_bytes and not self.disk_folder:
+            raise ConfigError("disk_bytes is set without disk_folder; name a folder on a local disk")
+        if self.disk_bytes and not self.host_bytes:
+            raise ConfigError("disk_bytes is set without host_bytes; what goes to disk passes through host memory")
         if self.route not in ROUTES:
             raise ConfigError(f"route is {self.route!r}; choose one of {', '.join(ROUTES)}")
         if self.cache.max_tokens is not None:
@@ -94,6 +114,6 @@ class EngineConfig:
     @property
     def n_prefix_slots(self) -> int:
         """Slots beside those of running sequences."""
-        if not self.prefix_caching:
+        if not (self.prefix_caching or self.host_bytes):
             return 0
         return 3 * self.max_num_seqs if self.prefix_slots is None else self.prefix_slots

@@ -18,13 +18,13 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vmem_kv.attention.choose import AUTO
 from vmem_kv.devices import OpenDriver, open_driver
@@ -32,13 +32,14 @@ from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.packed import PackedRoute
 from vmem_kv.engine.packed_weights import is_available, pack
-from vmem_kv.engine.prefixes import POLICIES, PrefixSlots
-from vmem_kv.engine.request import FinishReason, Request, Sequence, SequenceUpdate
+from vmem_kv.engine.request import MAX_SESSION_CHARACTERS, FinishReason, Request, Sequence, SequenceUpdate
 from vmem_kv.engine.route import Route
 from vmem_kv.engine.rows_route import RowsRoute
 from vmem_kv.engine.sampler import Sampled, Sampler
 from vmem_kv.engine.scheduler import Chunk, Scheduler, StepPlan
-from vmem_kv.engine.slot_source import FreshSlots, SlotSource
+from vmem_kv.engine.session_slots import SessionSlots
+from vmem_kv.engine.tier_stats import TierFigures
+from vmem_kv.engine.tiers import open_slots
 from vmem_kv.errors import (
     CapacityError,
     ConfigError,
@@ -48,11 +49,13 @@ from vmem_kv.errors import (
     QueueFull,
     RequestFailed,
     RequestTooLong,
+    UnknownSession,
     UsageError,
 )
 from vmem_kv.growth import SlotId
 from vmem_kv.prefix.entry import PrefixStats
 from vmem_kv.stats import CacheStats, SlotStats
+from vmem_kv.tiers.sessions import Level
 from vmem_kv.units import count
 
 DEFAULT_MODEL_LEN = 32_768
@@ -81,6 +84,7 @@ class EngineStats:
         slots: Every slot, in the order of their addresses.
         cached_slots: Of the active ones, those of nobody who runs, kept for what they hold; by their number.
         prefixes: What is cached and was found; None where nothing is cached.
+        tiers: What is in host memory, on disk and kept by name; None without host memory.
         cache: Pages by state.
         is_mapper_alive: Whether memory is mapped ahead in the background; None where nobody asked for that.
         last_step_s: When the last step ended, on `time.monotonic`'s clock.
@@ -101,6 +105,7 @@ class EngineStats:
     slots: list[SlotStats]
     cached_slots: frozenset[SlotId]
     prefixes: PrefixStats | None
+    tiers: TierFigures | None
     cache: CacheStats
     is_mapper_alive: bool | None
     last_step_s: float
@@ -113,6 +118,13 @@ class EngineStats:
         # The two were counted one after the other.
         n_cached = 0 if self.prefixes is None else min(self.prefixes.n_held_pages, n_pages["live"])
         return {"live": n_pages.pop("live") - n_cached, "cached": n_cached, **n_pages}
+
+    @property
+    def live_bytes(self) -> int:
+        """What the tokens of running sequences need: no cached ones, and where pages are shared, what these hold."""
+        n_cached_tokens = sum(self.slots[slot_id].n_tokens for slot_id in self.cached_slots)
+        n_bytes = max(0, self.cache.live_bytes - n_cached_tokens * self.token_bytes)
+        return min(n_bytes, self.n_pages_by_state["live"] * self.page_bytes)
 
     @property
     def hit_share(self) -> float | None:
@@ -131,6 +143,7 @@ class Engine:
         tokenizer: The model's; None for tokens without text.
         config: How to run.
         open_driver: Opens the driver for the model's device.
+        clock: Seconds that never go back: by them sessions expire.
 
     Raises:
         ConfigError: The model or the machine does not allow it, or the memory budget holds no sequence at all; the
@@ -144,6 +157,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: EngineConfig | None = None,
         open_driver: OpenDriver = open_driver,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
@@ -167,12 +181,17 @@ class Engine:
                 f"max_bytes is {config.cache.max_bytes or has_bytes}, which holds no sequence of {LEAST_TOKENS} "
                 f"tokens; set it to {least_bytes} or more"
             )
-        self._end_token_ids = _end_token_ids(model)
-        self.slots = _open_slots(self.route, config)
+        self.end_token_ids = _end_token_ids(model)
+        try:
+            self.slots, self._sessions = open_slots(self.route, config, clock)
+        except BaseException:
+            self.route.close()
+            self._unpack()
+            raise
         self._scheduler = Scheduler(
             self.memory, self.slots, config.max_num_seqs, config.max_batch_tokens, self.route.drop
         )
-        self._sampler = Sampler(self._end_token_ids)
+        self._sampler = Sampler(self.end_token_ids)
         self._answers: dict[Sequence, Answer] = {}
         self._requests: dict[str, list[Sequence]] = {}
         self._n_arrived = 0
@@ -208,6 +227,9 @@ class Engine:
         max_n = min(self.config.max_n, self.config.max_queued + self.config.max_num_seqs)
         if params.n > max_n:
             raise InvalidRequest(f"n is {params.n}; at most {count(max_n, 'answer')} can be given", "n")
+        name = request.session_id
+        if name is not None and not (isinstance(name, str) and 0 < len(name) <= MAX_SESSION_CHARACTERS):
+            raise InvalidRequest(f"session_id must be a text of 1 to {MAX_SESSION_CHARACTERS} characters", "session_id")
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop texts need a tokenizer, and this engine has none", "stop")
         if params.max_tokens is not None and n_prompt + params.max_tokens > n_fit:
@@ -239,7 +261,7 @@ class Engine:
         max_length = self._max_length(request)
         sequences = [Sequence(request, i, self._n_arrived, max_length) for i in range(request.params.n)]
         try:
-            answers = {s: Answer(s, self.tokenizer, self._end_token_ids) for s in sequences}
+            answers = {s: Answer(s, self.tokenizer, self.end_token_ids) for s in sequences}
         except Exception as error:  # whatever a tokenizer raises: it reads the prompt's end
             raise InvalidRequest(f"the tokenizer cannot read the prompt ({type(error).__name__})", "prompt") from error
         self._n_arrived += 1
@@ -281,6 +303,43 @@ class Engine:
         self._last_step_s = time.monotonic()
         return updates
 
+    def tend(self) -> None:
+        """Do what time asks for: sessions whose time is over leave the device. `step` does it, too; for idle times.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+        self.slots.settle()
+
+    def park_session(self, session_id: str, domain: str = "") -> Level | None:
+        """Move a session that waits one level down before its time: from the device to host memory, from there to disk.
+
+        Returns:
+            Where it is then; None where there is no room for it any more, and it is gone.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain, or there are no sessions at all.
+            SessionInUse: It belongs to an unfinished request.
+            VmemError: It could not be moved, and is where it was.
+        """
+        try:
+            return self._require_sessions().demote(session_id, domain)
+        finally:
+            self.slots.settle()  # which sets out what has changed
+
+    def forget_session(self, session_id: str, domain: str = "") -> None:
+        """End a session that waits, wherever it is, and free what it holds.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain, or there are no sessions at all.
+            SessionInUse: It belongs to an unfinished request.
+            DriverError: No fence could be recorded behind its slot. Nothing changed.
+        """
+        try:
+            self._require_sessions().forget(session_id, domain)
+        finally:
+            self.slots.settle()
+
     def snapshot(self) -> EngineStats:
         """Return what there is to know just now. May be called from any thread."""
         counts, memory = self._scheduler.counts, self.memory
@@ -300,6 +359,7 @@ class Engine:
             slots=memory.cache.slot_stats(),
             cached_slots=self.slots.cached_slots(),
             prefixes=self.slots.stats(),
+            tiers=self.slots.tiers(),
             cache=memory.cache.stats(),
             is_mapper_alive=None if memory.premapper is None else memory.premapper.is_alive,
             last_step_s=self._last_step_s,
@@ -314,8 +374,14 @@ class Engine:
         with ExitStack() as stack:
             stack.callback(self._unpack)
             stack.callback(self.route.close)
+            stack.callback(self.slots.close)
             for request_id in list(self._requests):
                 self.abort(request_id)
+
+    def _require_sessions(self) -> SessionSlots:
+        if self._sessions is None:
+            raise UnknownSession("this engine keeps no sessions: no host_bytes, or a model with state beside its slots")
+        return self._sessions
 
     def _schedule(self, updates: list[SequenceUpdate]) -> StepPlan:
         """Choose what to compute, and map its pages."""
@@ -478,22 +544,12 @@ def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, o
         except ConfigError as error:
             if config.route == "packed" or config.kernel != AUTO:
                 raise
-            why_not_packed = f"{error}; "
+            why_not_packed = str(error)
     try:
         return RowsRoute(model, config, max_tokens, open_driver)
     except ConfigError as error:
-        raise ConfigError(f"{why_not_packed}{error}") from error
-
-
-def _open_slots(route: Route, config: EngineConfig) -> SlotSource:
-    if not (config.prefix_caching and route.can_share):
-        return FreshSlots(route.memory)
-    return PrefixSlots(
-        route.memory,
-        POLICIES[config.prefix_policy](),
-        max_pages=int(route.memory.pool.max_pages * config.prefix_share),
-        min_tokens=config.prefix_min_tokens,
-    )
+        reasons = dict.fromkeys((why_not_packed, str(error)))  # which are often the same
+        raise ConfigError("; ".join(filter(None, reasons))) from error
 
 
 def _nothing() -> None:
@@ -506,10 +562,33 @@ def _keeps_latents(model: PreTrainedModel) -> bool:
 
 
 def _max_model_len(model: PreTrainedModel, wanted: int | None) -> int:
-    made_for = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    made_for = getattr(config, "max_position_embeddings", None)
     if wanted is not None and made_for and wanted > made_for:
         raise ConfigError(f"max_model_len is {wanted}; the model was made for {made_for} tokens")
-    return wanted or made_for or DEFAULT_MODEL_LEN
+    border = _longrope_border(config)
+    if border is None:
+        return wanted or made_for or DEFAULT_MODEL_LEN
+    if wanted is not None and wanted > border:
+        raise ConfigError(
+            f"max_model_len is {wanted}; at most {border} are served: beyond them the model (rope_type longrope) turns "
+            "all keys by other factors, and with them those of everybody who computes in the same step"
+        )
+    return min(wanted or border, made_for or border)
+
+
+def _longrope_border(config: PreTrainedConfig) -> int | None:
+    """Return the length up to which LongRoPE's short factors hold; None where a model has no LongRoPE.
+
+    transformers chooses the factors for a whole pass, by its longest sequence. Other types depend on no length within
+    `max_position_embeddings`, the dynamic one included.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(of_type for of_type in parameters.values() if isinstance(of_type, dict))]
+    return min(
+        (int(rope["original_max_position_embeddings"]) for rope in each if rope.get("rope_type") == "longrope"),
+        default=None,
+    )
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

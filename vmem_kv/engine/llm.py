@@ -9,20 +9,23 @@ llm.close()
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vmem_kv.config import CacheConfig
+from vmem_kv.engine.beams import Beam, BeamParams, BeamSearch
 from vmem_kv.engine.config import EngineConfig
+from vmem_kv.engine.conversation import ChatWriter
 from vmem_kv.engine.engine import Engine, EngineStats
 from vmem_kv.engine.progress import open_progress
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from vmem_kv.engine.sampling_params import SamplingParams
 from vmem_kv.errors import ConfigError, InvalidRequest, RequestError
 from vmem_kv.models import load
+from vmem_kv.tiers.sessions import Level
 from vmem_kv.units import parse_bytes
 
 Prompt = str | Sequence[int]
@@ -73,7 +76,8 @@ class LLM:
         tokenizer: With a model in memory: its tokenizer, or None for tokens without text.
         dtype: "float32", "bfloat16" or "float16", for a model to be loaded.
         device: Where to load it.
-        options: Fields of `EngineConfig`, and of `CacheConfig` without `max_tokens`; `max_bytes` may be "2GiB".
+        options: Fields of `EngineConfig`, and of `CacheConfig` without `max_tokens`; `max_bytes`,
+            `host_bytes` and `disk_bytes` may be "2GiB".
 
     Raises:
         ConfigError: The model cannot be loaded or served, or an option is unknown or makes no sense.
@@ -100,13 +104,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        session_ids: Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer prompts, as many at once as fit.
 
         Args:
-            prompts: Texts or lists of tokens; or one of them.
+            prompts: Texts or lists of tokens; or one of them. Tokens may also be in arrays of numpy or in tensors.
             params: For all prompts, or for each.
+            session_ids: For each prompt the conversation that it goes on with (`Request.session_id`), or None.
             progress: Draw a progress bar on standard error's terminal.
 
         Returns:
@@ -116,7 +122,7 @@ class LLM:
             InvalidRequest: A prompt or its parameters make no sense, and nothing was computed.
             DriverError, InvariantError: The engine is of no more use.
         """
-        requests = self._requests([prompts] if _is_one(prompts) else prompts, params)  # type: ignore[list-item,arg-type]
+        requests = self._requests(_each(prompts), params, session_ids)
         collected: dict[str, dict[int, SequenceUpdate]] = {request.request_id: {} for request in requests}
         waiting = list(reversed(requests))
         try:
@@ -137,9 +143,12 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        session_ids: Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer conversations, written as the model's own chat template says. See `generate`.
+
+        What a turn says cannot forge another one: see `conversation`.
 
         Raises:
             ConfigError: The model has no chat template.
@@ -147,11 +156,46 @@ class LLM:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ConfigError("the model has no chat template; use generate")
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [
-            self.tokenizer.apply_chat_template(list(c), add_generation_prompt=True, return_dict=False)
-            for c in conversations
-        ]
-        return self.generate(prompts, params, progress=progress)
+        writer, tokenizer = ChatWriter(self.tokenizer), self.tokenizer
+        prompts: list[list[int]] = []
+        for conversation in conversations:
+            prompts.append([])
+            for piece in writer.pieces(conversation):  # type: ignore[arg-type]
+                prompts[-1] += tokenizer(piece, add_special_tokens=False).input_ids if isinstance(piece, str) else piece
+        return self.generate(prompts, params, session_ids=session_ids, progress=progress)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamParams | None = None
+    ) -> list[tuple[Beam, ...]]:
+        """Search each prompt's best continuations, of all prompts at once. See `beams`.
+
+        Args:
+            prompts: As for `generate`.
+            params: For all prompts.
+
+        Returns:
+            For each prompt, in order, its beams, best first.
+
+        Raises:
+            InvalidRequest: A prompt or a parameter makes no sense, and nothing was computed.
+            RequestError: A beam could not be computed; the search is over.
+            DriverError, InvariantError: The engine is of no more use.
+        """
+        params = params or BeamParams()
+        searches = [BeamSearch(self._tokens(prompt), params, self.engine.end_token_ids) for prompt in _each(prompts)]
+        longest = SamplingParams(max_tokens=params.max_tokens)
+        for search in searches:
+            self.engine.check(Request(search.asks()[0], longest))
+        while asks := [token_ids for search in searches for token_ids in search.asks()]:
+            outputs = self.generate(asks, searches[0].step_params, progress=False)
+            answers = iter([output.answers[0] for output in outputs])
+            for search in searches:
+                search.take([_only_token(next(answers)) for _ in search.asks()])
+        return [tuple(self._with_text(beam) for beam in search.beams()) for search in searches]
+
+    def park_session(self, session_id: str) -> Level | None:
+        """Move a session one level down before its time. See `Engine.park_session`."""
+        return self.engine.park_session(session_id)
 
     def stats(self) -> EngineStats:
         """Return one snapshot of the engine."""
@@ -170,22 +214,39 @@ class LLM:
         self.close()
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        session_ids: Sequence[str | None] | None,
     ) -> list[Request]:
         if params is None or isinstance(params, SamplingParams):
             each = [params or SamplingParams()] * len(prompts)
         else:
-            each = list(params)
+            each = list(_require_list(params, "params"))
         if len(each) != len(prompts):
             raise InvalidRequest(f"{len(each)} parameters were given for {len(prompts)} prompts", "params")
-        requests = [Request(self._tokens(prompt), p) for prompt, p in zip(prompts, each, strict=True)]
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise InvalidRequest(f"params holds {one!r:.40}; expected SamplingParams", "params")
+        names = [None] * len(prompts) if session_ids is None else list(_require_list(session_ids, "session_ids"))
+        if len(names) != len(prompts):
+            raise InvalidRequest(f"{len(names)} sessions were named for {len(prompts)} prompts", "session_ids")
+        requests = [
+            Request(self._tokens(prompt), p, session_id=name)
+            for prompt, p, name in zip(prompts, each, names, strict=True)
+        ]
         for request in requests:
             self.engine.check(request)
         return requests
 
+    def _with_text(self, beam: Beam) -> Beam:
+        if self.tokenizer is None:
+            return beam
+        return replace(beam, text=str(self.tokenizer.decode(list(beam.token_ids), skip_special_tokens=True)))
+
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return tuple(prompt)
+            return tuple(_plain(token_id) for token_id in _require_list(prompt, "prompt"))
         if self.tokenizer is None:
             raise InvalidRequest("a prompt is a text, and there is no tokenizer; give tokens", "prompt")
         return tuple(self.tokenizer(prompt).input_ids)
@@ -202,14 +263,37 @@ def make_config(**options: Any) -> EngineConfig:
     unknown = sorted(set(options) - names)
     if unknown:
         raise ConfigError(f"there is no option {', '.join(unknown)}; there are {', '.join(sorted(names))}")
-    if isinstance(options.get("max_bytes"), str):
-        options["max_bytes"] = parse_bytes(options["max_bytes"])
+    for name in ("max_bytes", "host_bytes", "disk_bytes"):
+        if isinstance(options.get(name), str):
+            options[name] = parse_bytes(options[name])
     cache = CacheConfig(**{name: value for name, value in options.items() if name in cache_names})
     return EngineConfig(cache=cache, **{name: value for name, value in options.items() if name not in cache_names})
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+def _each(prompts: Any) -> Sequence[Prompt]:
+    """Return the prompts, where one may stand for itself."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: Sequence[Any] = _require_list(prompts, "prompt")
+    return [several] if several and isinstance(_plain(several[0]), int) else several
+
+
+def _require_list(value: Any, param: str) -> Sequence[Any]:
+    value = _plain(value)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise InvalidRequest(f"{param} is {value!r:.40}; expected a list", param)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return lists and numbers for what numpy and torch hold."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _only_token(answer: AnswerOutput) -> TokenLogprobs:
+    if answer.error is not None:
+        raise answer.error
+    return answer.logprobs[0]
 
 
 def _collect(answers: dict[int, SequenceUpdate], update: SequenceUpdate) -> None:

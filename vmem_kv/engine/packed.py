@@ -5,7 +5,7 @@ need to know about the step travels as the keyword argument `vmem_step`, through
 built: the function is not registered with transformers' masks, which means that it needs none.
 
 What each layer keeps (heads, sizes, window, soft cap, sinks) is not read from configurations, whose fields differ from
-model to model: one probing pass of two tokens shows what every layer passes to its attention function.
+model to model: a probing pass of two tokens shows what every layer passes to its attention function.
 
 Guarantees: K and V are written once, into their slots. A model that this route would compute wrongly is refused, with
 the reason: layers of other kinds, additive position biases, sparse attention, attention that is not causal.
@@ -28,6 +28,7 @@ from vmem_kv.attention.choose import choose
 from vmem_kv.devices import OpenDriver
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.module_state import find_module_state
 from vmem_kv.engine.request import Sequence
 from vmem_kv.engine.scheduler import StepPlan
 from vmem_kv.errors import ConfigError, UsageError
@@ -273,17 +274,22 @@ class PackedRoute:
             self.memory.close()
 
     def _probe(self) -> list[_Seen]:
-        probe = _Probe()
-        numbers = torch.arange(2, device=self._device).unsqueeze(0)
-        try:
-            with torch.inference_mode():
+        probes: list[_Probe] = []
+        positions = torch.arange(2, device=self._device).unsqueeze(0)
+
+        def run(tokens: torch.Tensor) -> None:
+            probes.append(_Probe())
+            with torch.no_grad():
                 self._model(
-                    input_ids=numbers,
-                    position_ids=numbers,
+                    input_ids=tokens.to(self._device),
+                    position_ids=positions,
                     use_cache=False,
-                    logits_to_keep=numbers[0, -1:],
-                    vmem_step=probe,
+                    logits_to_keep=positions[0, -1:],
+                    vmem_step=probes[-1],
                 )
+
+        try:
+            states_in_modules = find_module_state(self._model, run)
         except ConfigError as error:
             raise ConfigError(f"{type(self._model).__name__} cannot take the packed route: {error}") from error
         except Exception as error:  # whatever a model raises that we know nothing about
@@ -291,6 +297,12 @@ class PackedRoute:
                 f"{type(self._model).__name__} cannot take the packed route: a pass without a cache raised "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if states_in_modules:
+            raise ConfigError(
+                f"{type(self._model).__name__} cannot take the packed route: its modules keep what requests leave "
+                f"({states_in_modules[0]})"
+            )
+        probe = probes[0]
         if sorted(probe.seen) != list(range(len(probe.seen))) or not probe.seen:
             raise ConfigError(
                 f"{type(self._model).__name__} cannot take the packed route: layers {sorted(probe.seen)} attend"

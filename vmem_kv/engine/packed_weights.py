@@ -8,7 +8,7 @@ Guarantees: same mathematics, another order of additions. The model's own code r
 exactly `torch.nn.Linear` are exchanged for ones that share their parameters, until `undo`.
 Costs: a second copy of the weights. Where the first one is mapped from a file, as `vmem_kv.models.load` leaves it, the
 system can drop that. And up to 12 % more rows than there are: oneDNN makes and keeps a program for every number of rows
-that it meets, so it meets few. (Measured for SmolLM2-135M's four shapes: 2.4 MiB a number of rows, whatever the number.)
+that it meets, so it meets few. (Measured for SmolLM2-135M's four shapes: 2.4 MiB a number of rows.)
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
                fresh   too little is cached
     settle   once its tokens are computed, a running sequence can be forked
     end      the slot stays as it is, cached, until somebody goes on in it or its pages or its slot are needed
+    keep     likewise, but somebody has it by name: it can be forked, and is neither adopted nor given up
 
 A running sequence's entry is pinned: it can be forked, and neither adopted nor given up. What is only cached is given
 up for any live request: for its pages, for its slot, for mappings.
@@ -92,13 +93,18 @@ class PrefixSlots(SlotSource):
         use = self._index.record(found.match, used)
         if slot_id in self._index:
             self._index.pin(slot_id)
-            self._pages.slot_ids.discard(slot_id)
-        tokens = sequence.token_ids
-        self._users[slot_id] = _User(sequence, use, len(tokens))
-        self._unsettled.add(slot_id)
-        if len(tokens) - use.n_tokens >= self._min_tokens:
-            self._coming.insert(sequence.request.domain, tokens, slot_id, 0, is_pinned=True)
+        self._enter(sequence, slot_id, use)
         return Start(slot_id, use.n_tokens)
+
+    def go_on(self, sequence: Sequence, slot_id: SlotId, n_tokens: int) -> None:
+        self._n_begun += 1
+        if slot_id in self._index and n_tokens < self._index[slot_id].n_tokens:
+            self._index.truncate(slot_id, n_tokens, self._memory.n_mapped_pages(slot_id))
+        self._enter(sequence, slot_id, Use(n_tokens, 0))
+
+    def n_found_tokens(self, sequence: Sequence) -> int:
+        match = self._index.match(sequence.request.domain, sequence.token_ids[:-1])
+        return match.n_tokens if match.n_tokens >= self._min_tokens else 0
 
     def is_coming(self, sequence: Sequence) -> bool:
         if not len(self._coming):
@@ -130,16 +136,13 @@ class PrefixSlots(SlotSource):
                 self._unsettled.remove(slot_id)
         self._show()
 
+    def pause(self, sequence: Sequence) -> None:
+        self.end([sequence])
+
     def end(self, sequences: SequenceOf[Sequence], *, is_sound: bool = True) -> None:
         retiring: list[SlotId] = []
         for slot_id in [s.slot_id for s in sequences if s.slot_id is not None]:
-            if is_sound:
-                self._publish(slot_id)
-            elif slot_id in self._coming:
-                self._coming.remove(slot_id)
-            self._unsettled.discard(slot_id)
-            sequence = self._users.pop(slot_id).sequence
-            self._answer_tokens += (sequence.n_generated - self._answer_tokens) / _N_ANSWERS
+            self._leave(slot_id, is_sound=is_sound)
             if slot_id in self._index and is_sound and not self._is_redundant(slot_id):
                 self._pages.slot_ids.add(slot_id)
                 self._index.unpin(slot_id)
@@ -150,6 +153,18 @@ class PrefixSlots(SlotSource):
         if retiring:
             self._memory.retire(retiring)
         self._index.fit(self._give_up)
+        self._show()
+
+    def keep(self, sequence: Sequence) -> None:
+        assert sequence.slot_id is not None
+        self._leave(sequence.slot_id, is_sound=True)
+        self._pages.slot_ids.add(sequence.slot_id)  # its entry, if it has one, stays pinned
+        self._show()
+
+    def let_go(self, slot_id: SlotId) -> None:
+        self._pages.slot_ids.discard(slot_id)
+        if slot_id in self._index:
+            self._index.remove(slot_id)
         self._show()
 
     # Room
@@ -176,6 +191,9 @@ class PrefixSlots(SlotSource):
     def stats(self) -> PrefixStats:
         return self._stats
 
+    def tiers(self) -> None:
+        return None
+
     def check(self) -> None:
         self._index.check()
         self._coming.check()
@@ -189,6 +207,9 @@ class PrefixSlots(SlotSource):
             n_cached = self._index[slot_id].n_tokens if slot_id in self._index else 0
             if n_cached > self._memory.cache.n_tokens(slot_id):
                 raise InvariantError(f"slot {slot_id} is said to hold {n_cached} tokens, and does not")
+
+    def close(self) -> None:
+        """Nothing is held but slots."""
 
     # Below: how a sequence begins, and what is kept of it
 
@@ -233,7 +254,7 @@ class PrefixSlots(SlotSource):
                     _LOG.warning("forking slot %d: %s", source, error)
                     return None
         finally:
-            self._index.unpin(source)
+            self._index.unpin(source, was_used=False)  # what is recorded next finds its age
 
     def _acquire(self, expected_tokens: int, domain: str) -> SlotId:
         while True:
@@ -242,6 +263,25 @@ class PrefixSlots(SlotSource):
             except OutOfSlots:
                 if not self.give_way(1):
                     raise
+
+    def _enter(self, sequence: Sequence, slot_id: SlotId, use: Use) -> None:
+        """Note that a sequence runs in a slot from now on."""
+        self._pages.slot_ids.discard(slot_id)
+        tokens = sequence.token_ids
+        self._users[slot_id] = _User(sequence, use, len(tokens))
+        self._unsettled.add(slot_id)
+        if len(tokens) - use.n_tokens >= self._min_tokens:
+            self._coming.insert(sequence.request.domain, tokens, slot_id, 0, is_pinned=True)
+
+    def _leave(self, slot_id: SlotId, *, is_sound: bool) -> None:
+        """Note that nobody runs in a slot any more."""
+        if is_sound:
+            self._publish(slot_id)
+        elif slot_id in self._coming:
+            self._coming.remove(slot_id)
+        self._unsettled.discard(slot_id)
+        sequence = self._users.pop(slot_id).sequence
+        self._answer_tokens += (sequence.n_generated - self._answer_tokens) / _N_ANSWERS
 
     def _publish(self, slot_id: SlotId) -> None:
         """Let a running sequence's computed tokens be found. Nobody else computes them for it any more."""

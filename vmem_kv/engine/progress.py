@@ -1,7 +1,8 @@
-"""A progress bar over answers, with tokens a second."""
+"""A progress bar over answers, with tokens a second, on standard error where that is a terminal."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -23,10 +24,11 @@ class _Nobody:
 
 @contextmanager
 def open_progress(n_answers: int, *, is_shown: bool) -> Iterator[Watcher]:
-    """Draw a bar until the context ends; where it is not to be shown, nothing is imported or drawn."""
-    if not is_shown:
+    """Draw a bar until the context ends. Not to be shown, or without a terminal, nothing is imported or drawn."""
+    if not (is_shown and sys.stderr is not None and sys.stderr.isatty()):
         yield _Nobody()
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     class Bar:
@@ -42,5 +44,6 @@ def open_progress(n_answers: int, *, is_shown: bool) -> Iterator[Watcher]:
             self._progress.update(self._task, advance=int(update.is_finished), speed=speed)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True) as progress:
+    speed = TextColumn("{task.fields[speed]}")
+    with Progress(*columns, speed, console=Console(stderr=True), transient=True) as progress:
         yield Bar(progress)

@@ -16,6 +16,9 @@ from vmem_kv.engine.sampling_params import SamplingParams
 from vmem_kv.errors import RequestError
 from vmem_kv.growth import SlotId
 
+MAX_SESSION_CHARACTERS = 256
+"""Of a session's name."""
+
 
 def new_request_id() -> str:
     """Return a name that nobody else has: 128 random bits. Clients never choose it."""
@@ -33,6 +36,9 @@ class Request:
             where memory runs short; nobody's work is thrown away only because somebody more urgent waits for a slot.
         domain: Whose request it is. Nothing that is cached is shared across domains, and memory that changes its domain
             is scrubbed.
+        session_id: The name of a conversation. Its sequence is kept when the request has ended, and the next request
+            of that name and domain goes on in it, as far as its prompt begins with the same tokens. Without host memory
+            (`EngineConfig.host_bytes`) it means nothing.
         request_id: Made by us, never by a client.
     """
 
@@ -40,6 +46,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     domain: str = ""
+    session_id: str | None = None
     request_id: str = field(default_factory=new_request_id)
 
 
@@ -78,7 +85,8 @@ class SequenceUpdate:
         logprobs: One entry a token, where they were asked for.
         finish_reason: None while the answer goes on.
         stop_reason: The stop text or stop token id that ended it, where one did.
-        n_cached_tokens: Tokens of the prompt that were not computed for this answer, because others had them.
+        n_cached_tokens: Tokens of the prompt that were not computed for this answer, because others, or its session,
+            had them.
         error: Why it ended, where `finish_reason` is ERROR.
     """
 

@@ -23,12 +23,16 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 from vmem_kv.devices import OpenDriver
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.module_state import find_module_state
 from vmem_kv.engine.request import Sequence
 from vmem_kv.engine.scheduler import Chunk, StepPlan
 from vmem_kv.engine.slot_cache import SLOT_LAYERS, STATE_TYPES, STOCK_TYPES, Columns, SlotCache, States
 from vmem_kv.errors import ConfigError
 from vmem_kv.layout import LayerSpec, TensorSpec
 from vmem_kv.tensors import SlotKV
+
+_BOTH_WAYS = (True, "all")
+"""Values of `use_bidirectional_attention` with which a token sees later ones, which a chunk of a prompt has not."""
 
 
 class RowsPass(NamedTuple):
@@ -177,21 +181,31 @@ class RowsRoute:
             raise ConfigError(f"{name} cannot be served: nothing is known of its layers {', '.join(unknown)}")
         if not set(self._types) & set(SLOT_LAYERS):
             raise ConfigError(f"{name} cannot be served: none of its layers keeps keys and values")
+        if getattr(self._model.config.get_text_config(decoder=True), "use_bidirectional_attention", None) in _BOTH_WAYS:
+            raise ConfigError(f"{name} cannot be served: its attention is not causal (use_bidirectional_attention)")
 
     def _probe(self) -> tuple[dict[int, LayerSpec], torch.dtype]:
         """Return what each layer keeps of a token, and its dtype."""
         name = type(self._model).__name__
-        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
+        caches: list[DynamicCache] = []
+
+        def run(tokens: torch.Tensor) -> None:
+            caches.append(DynamicCache(config=self._model.config.get_text_config(decoder=True)))
+            with torch.no_grad():
+                self._model(input_ids=tokens.to(self._device), past_key_values=caches[-1], use_cache=True)
+
         try:
-            with torch.inference_mode():
-                self._model(
-                    input_ids=torch.arange(2, device=self._device).unsqueeze(0), past_key_values=cache, use_cache=True
-                )
+            states_in_modules = find_module_state(self._model, run)
         except Exception as error:  # whatever a model raises that we know nothing about
             raise ConfigError(f"{name} cannot be served: a pass raised {type(error).__name__}: {error}") from error
+        if states_in_modules:
+            raise ConfigError(
+                f"{name} cannot be served: its modules keep what requests leave ({states_in_modules[0]}), "
+                "which the next one would go on with"
+            )
         layers: dict[int, LayerSpec] = {}
         dtypes: set[torch.dtype] = set()
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(caches[0].layers):
             if self._types[index] not in SLOT_LAYERS:
                 continue
             if not layer.is_initialized:

@@ -7,9 +7,9 @@ the limits below. What depends on the model (token ids, lengths) is checked wher
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from vmem_kv.errors import InvalidRequest
 
@@ -22,9 +22,33 @@ MAX_BIASES = 1_024
 _INT64 = 2**63
 
 
+class Biases(Mapping[int, float]):
+    """A bias for each token id, which nobody can change. Can be hashed, copied and pickled."""
+
+    __slots__ = ("_biases",)
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._biases = dict(biases)
+
+    def __getitem__(self, token_id: int) -> float:
+        return self._biases[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._biases)
+
+    def __len__(self) -> int:
+        return len(self._biases)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._biases.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._biases)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What a user may ask of sampling. The defaults sample from the model's own distribution.
+    """What a user may ask of sampling. The defaults sample from the model's own distribution; None is a default, too.
 
     The order is transformers': penalties and biases, then temperature, top-k, top-p, min-p.
 
@@ -73,6 +97,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            if getattr(self, one.name) is None:
+                value = one.default if one.default_factory is MISSING else one.default_factory()
+                object.__setattr__(self, one.name, value)
         _check_int("n", self.n, 1, MAX_N)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, _INT64 - 1)
@@ -102,14 +130,14 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _members("stop", self.stop)
         if len(stop) > MAX_STOPS:
             raise InvalidRequest(f"stop has {len(stop)} texts; at most {MAX_STOPS} are allowed", "stop")
         for text in stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARACTERS:
                 raise InvalidRequest(f"stop holds texts of 1 to {MAX_STOP_CHARACTERS} characters", "stop")
         object.__setattr__(self, "stop", stop)
-        token_ids = tuple(self.stop_token_ids)
+        token_ids = _members("stop_token_ids", self.stop_token_ids)
         if len(token_ids) > MAX_STOP_TOKENS:
             raise InvalidRequest(
                 f"stop_token_ids has {len(token_ids)} tokens; at most {MAX_STOP_TOKENS} are allowed", "stop_token_ids"
@@ -119,6 +147,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", token_ids)
 
     def _check_biases(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequest(f"logit_bias is {self.logit_bias!r:.40}; expected a bias for each token", "logit_bias")
         if len(self.logit_bias) > MAX_BIASES:
             raise InvalidRequest(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed", "logit_bias"
@@ -126,7 +156,13 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _check_int("logit_bias", token_id, 0, _INT64 - 1)
             _check_number("logit_bias", bias, -100.0, 100.0)
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        object.__setattr__(self, "logit_bias", Biases(self.logit_bias))
+
+
+def _members(param: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
+        raise InvalidRequest(f"{param} is {value!r:.40}; expected a list", param)
+    return tuple(value)
 
 
 def _check_int(param: str, value: object, least: int, most: int) -> None:

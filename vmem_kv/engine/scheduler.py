@@ -2,7 +2,7 @@
 
     waiting ──admit──▶ running ──finish──▶ gone
        ▲                  │
-       └────preempt───────┘        its slot goes back; what is not cached then is computed again later
+       └────preempt───────┘        its slot goes back; what is not kept then is computed again later
 
 Guarantees
   * Every decision about room is made in pages, before anything is mapped.
@@ -159,7 +159,7 @@ class Scheduler:
             is_sound: Whether others may use what they computed.
         """
         try:
-            self._slots.end([s for s in sequences if s.slot_id is not None], is_sound=is_sound)
+            self._slots.end(sequences, is_sound=is_sound)
         finally:
             for sequence in sequences:
                 self._waiting.members.discard(sequence)
@@ -192,12 +192,16 @@ class Scheduler:
         return plan
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's slot; it waits, at its old rank, to be computed again."""
+        """Take a running sequence's slot; it waits, at its old rank, to go on, or to be computed again."""
         assert sequence.slot_id is not None
         self.counts.n_preempted += 1
         sequence.n_preemptions += 1
         sequence.n_lost = sequence.n_computed
-        self.remove([sequence])
+        try:
+            self._slots.pause(sequence)
+        finally:
+            self._running.pop(sequence.rank, None)
+            sequence.slot_id = None
         sequence.n_computed = 0
         self._forget(sequence)
         self._waiting.push(sequence)

@@ -2,10 +2,16 @@
 
     start = source.begin(sequence, n_tokens)   a slot, and how many of the sequence's tokens are in it already
     source.settle()                            once a step: what was computed meanwhile may be found by others
-    source.end(sequences, is_sound=...)        the slots go back
+    source.pause(sequence)                     the slot goes back, and the sequence will begin again
+    source.end(sequences, is_sound=...)        the slots go back for good
 
-There are two: `FreshSlots` here, which begins every sequence from nothing, and `PrefixSlots` (prefixes.py), which
-begins it with what others have computed. Which one is decided where the engine is built.
+`FreshSlots` here begins every sequence from nothing, `PrefixSlots` (prefixes.py) with what others have computed. Over
+either of them there may be `SessionSlots` (session_slots.py), which keeps slots by name between two requests, and over
+that `ParkingSlots` (parking.py), which keeps what paused sequences have computed in host memory. What there is is
+decided where the engine is built (tiers.py).
+
+A slot is *kept* where a sequence has ended in it and somebody above goes on having it: `keep` it, and then `go_on` in
+it, or `let_go` of it. Others may begin with what it holds meanwhile.
 """
 
 from __future__ import annotations
@@ -14,7 +20,10 @@ from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple, Protocol
 
 from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.prefix_pages import CachedPages
 from vmem_kv.engine.request import Sequence
+from vmem_kv.engine.tier_stats import TierFigures
+from vmem_kv.errors import InvariantError
 from vmem_kv.growth import SlotId
 from vmem_kv.prefix.entry import PrefixStats
 
@@ -44,16 +53,45 @@ class SlotSource(Protocol):
     def settle(self) -> None:
         """Look at the running sequences: what they have computed since is cached from now on."""
 
-    def end(self, sequences: SequenceOf[Sequence], *, is_sound: bool = True) -> None:
-        """Take the slots of sequences that have one: they ended, or were preempted.
+    def pause(self, sequence: Sequence) -> None:
+        """Take the slot of a running sequence, which will begin again. What it has computed is kept where that can be.
 
         Args:
-            sequences: Which. Their `n_computed` says what their slots hold; their `slot_id` is the caller's to clear.
+            sequence: Which. Its `n_computed` says what its slot holds; its `slot_id` is the caller's to clear.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+
+    def end(self, sequences: SequenceOf[Sequence], *, is_sound: bool = True) -> None:
+        """Take the slots of sequences that ended, and forget what is kept of them for their return.
+
+        Args:
+            sequences: Which, with a slot or without. Their `n_computed` says what their slots hold; their `slot_id` is
+                the caller's to clear.
             is_sound: Whether others may use what they computed.
 
         Raises:
             DriverError: The device is lost.
         """
+
+    def keep(self, sequence: Sequence) -> None:
+        """As `end` for one sound sequence, but its slot stays active, and the caller's."""
+
+    def go_on(self, sequence: Sequence, slot_id: SlotId, n_tokens: int) -> None:
+        """Let a sequence begin in a slot that the caller has: a kept one, or a new one that he filled.
+
+        Args:
+            sequence: Which one.
+            slot_id: An active slot.
+            n_tokens: The sequence's first tokens, all that the slot holds now.
+        """
+
+    def let_go(self, slot_id: SlotId) -> None:
+        """Forget a kept slot, which the caller retires, or has retired just now."""
+
+    def n_found_tokens(self, sequence: Sequence) -> int:
+        """How many of a waiting sequence's tokens `begin` would find."""
 
     def is_coming(self, sequence: Sequence) -> bool:
         """Whether a running sequence, of earlier rank, computes now what this one could then begin with."""
@@ -65,10 +103,12 @@ class SlotSource(Protocol):
         """
 
     def n_available_pages(self) -> int:
-        """Pages that growth could have now, with what is only cached."""
+        """Pages that growth could have now, with what is only cached and kept."""
 
     def make_room(self, n_pages: int) -> bool:
         """Let so many pages be available to growth, and give up for it what is only cached.
+
+        Kept slots count as available; whoever keeps them gives them up.
 
         Returns:
             False: they are in use, even if nothing were cached. Nothing changed.
@@ -83,11 +123,21 @@ class SlotSource(Protocol):
     def stats(self) -> PrefixStats | None:
         """What was cached and found, as of the last `settle` or `end`; None without a cache. From any thread."""
 
+    def tiers(self) -> TierFigures | None:
+        """What is in host memory, on disk and kept by name; None where nothing is. From any thread."""
+
     def check(self) -> None:
         """Hold the books against each other and against the cache.
 
         Raises:
             InvariantError: They disagree.
+        """
+
+    def close(self) -> None:
+        """Give back what is held beside slots. No sequence has a slot any more. Idempotent.
+
+        Raises:
+            DriverError: The device is lost. All of it was done all the same.
         """
 
 
@@ -96,6 +146,8 @@ class FreshSlots(SlotSource):
 
     def __init__(self, memory: SlotMemory) -> None:
         self._memory = memory
+        self._kept = CachedPages(memory.cache)
+        self._shown = frozenset[SlotId]()
 
     def begin(self, sequence: Sequence, expected_tokens: int) -> Start:
         return Start(self._memory.acquire(sequence.max_length, sequence.request.domain), 0)
@@ -103,10 +155,28 @@ class FreshSlots(SlotSource):
     def settle(self) -> None:
         """Nothing is cached."""
 
+    def pause(self, sequence: Sequence) -> None:
+        self.end([sequence])
+
     def end(self, sequences: SequenceOf[Sequence], *, is_sound: bool = True) -> None:
         slot_ids = [s.slot_id for s in sequences if s.slot_id is not None]
         if slot_ids:
             self._memory.retire(slot_ids)
+
+    def keep(self, sequence: Sequence) -> None:
+        assert sequence.slot_id is not None
+        self._kept.slot_ids.add(sequence.slot_id)
+        self._show()
+
+    def go_on(self, sequence: Sequence, slot_id: SlotId, n_tokens: int) -> None:
+        self.let_go(slot_id)
+
+    def let_go(self, slot_id: SlotId) -> None:
+        self._kept.slot_ids.discard(slot_id)
+        self._show()
+
+    def n_found_tokens(self, sequence: Sequence) -> int:
+        return 0
 
     def is_coming(self, sequence: Sequence) -> bool:
         return False
@@ -115,19 +185,31 @@ class FreshSlots(SlotSource):
         return 0
 
     def n_available_pages(self) -> int:
-        return self._memory.n_available_pages()
+        return self._memory.n_available_pages() + self._kept.held()
 
     def make_room(self, n_pages: int) -> bool:
-        return n_pages <= self._memory.n_available_pages()
+        return n_pages <= self.n_available_pages()
 
     def give_way(self, n_pages: int) -> bool:
         return False
 
     def cached_slots(self) -> frozenset[SlotId]:
-        return frozenset()
+        return self._shown
 
     def stats(self) -> None:
         return None
 
+    def tiers(self) -> None:
+        return None
+
     def check(self) -> None:
-        """There are no books."""
+        stray = self._kept.slot_ids.difference(self._memory.cache.active_slots())
+        if stray:
+            raise InvariantError(f"slots {sorted(stray)} are kept, and belong to nobody")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _show(self) -> None:
+        """Set out what other threads may read."""
+        self._shown = frozenset(self._kept.slot_ids)

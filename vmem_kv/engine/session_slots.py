@@ -1,0 +1,380 @@
+"""Sessions in the engine: a sequence that ends under a name keeps its slot, and the next of that name goes on in it.
+
+    begin    a session of that name, in that domain, whose tokens the new ones extend: its slot is taken over, or
+             brought back from host memory or disk; only what is new is computed. Where the new tokens leave the
+             session's, what is common is used, and the rest of the session is given up
+    end      the slot is kept under the name; time moves it to host memory, to disk, and away (tiers/sessions.py)
+    room     a session that waits blocks nobody: where pages or slots are short, it goes to host memory before its time
+
+A name is claimed by the sequence that has begun with it. Another one of that name runs meanwhile as if it had none;
+whoever ends last, and nobody else has the name then, is what the session goes on with. Of several answers to a request
+the first has the name.
+
+Guarantees: rows are taken for those of the tokens that they were computed for, since token ids are compared. A name
+means nothing in another domain. Whatever fails here, the session is gone and the sequence is computed.
+Assumptions: one thread, but for what `SlotSource` says. All that a sequence keeps is in its slot, from its first token
+on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.request import Sequence
+from vmem_kv.engine.slot_source import SlotSource, Start
+from vmem_kv.engine.slots_over import SlotsOver
+from vmem_kv.errors import (
+    CapacityError,
+    DriverError,
+    FileError,
+    InvariantError,
+    OutOfSlots,
+    SessionInUse,
+    UnknownSession,
+    VmemError,
+)
+from vmem_kv.growth import SlotId
+from vmem_kv.tiers.copies import n_common, token_ids
+from vmem_kv.tiers.disk import DiskTier
+from vmem_kv.tiers.sessions import Level, Sessions, SessionStats, Stay
+
+POLL_S = 0.1
+"""How often time may move sessions. Looking takes time in proportion to them."""
+
+_NOT_WAITING = (None, Level.IN_USE)
+
+_LOG = logging.getLogger("vmem_kv")
+
+
+class Name(NamedTuple):
+    """What a session is found by."""
+
+    domain: str
+    session_id: str
+
+
+class SessionSlots(SlotsOver):
+    """See this file's first lines.
+
+    Args:
+        inner: Where sequences without a session get their slots from.
+        memory: Where the slots are.
+        sessions: The books of sessions, on the same cache.
+        disk: The third tier, or None; closed with this.
+        stay: How long a session stays at each level.
+        max_sessions: The most sessions. One more, and the one that is next to go goes.
+        min_tokens: Shorter ones are computed again: that costs less than looking after them.
+        clock: Seconds, the sessions' own.
+    """
+
+    def __init__(
+        self,
+        inner: SlotSource,
+        memory: SlotMemory,
+        sessions: Sessions,
+        disk: DiskTier | None,
+        *,
+        stay: Stay,
+        max_sessions: int,
+        min_tokens: int,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(inner)
+        self._memory = memory
+        self._sessions = sessions
+        self._disk = disk
+        self._stay = stay
+        self._max_sessions = max_sessions
+        self._min_tokens = min_tokens
+        self._clock = clock
+        self._claims: dict[Name, Sequence] = {}
+        self._kept: dict[SlotId, Name] = {}
+        """Slots of sessions that are on the device, the longest unused first."""
+        self._next_poll_s = clock()
+        self._n_at_once: int | None = 1
+        self.n_changes = 0
+        """Grows with whatever changes the figures."""
+        self.n_tokens_used = 0
+        """Tokens that sequences began with, because a session had them."""
+
+    # Beginning and ending
+
+    def begin(self, sequence: Sequence, expected_tokens: int) -> Start:
+        name = _name_of(sequence)
+        if name is None or self._claims.setdefault(name, sequence) is not sequence:
+            return self._begin_below(sequence, expected_tokens)
+        n_same = self._n_usable(sequence, name)
+        slot_id = self._resume(name, n_same) if n_same else None
+        if slot_id is not None:
+            self.n_tokens_used += n_same
+            self._inner.go_on(sequence, slot_id, n_same)
+            return Start(slot_id, n_same)
+        start = self._begin_below(sequence, expected_tokens)  # maybe with pages of the session's slot
+        if self._level(name) not in _NOT_WAITING:
+            self._forget(name)
+        return start
+
+    def end(self, sequences: SequenceOf[Sequence], *, is_sound: bool = True) -> None:
+        others: list[Sequence] = []
+        try:
+            for sequence in sequences:
+                name = _name_of(sequence)
+                holder = self._claims.get(name, sequence) if name is not None else None
+                if name is None or holder is not sequence:
+                    others.append(sequence)
+                    continue
+                if not (is_sound and self._retain(sequence, name)):
+                    others.append(sequence)
+                if self._claims.pop(name, None) is sequence and self._level(name) is Level.IN_USE:
+                    self._forget(name)
+        finally:
+            self._inner.end(others, is_sound=is_sound)
+
+    def settle(self) -> None:
+        now_s = self._clock()
+        if now_s >= self._next_poll_s:
+            self._next_poll_s = now_s + POLL_S
+            self._pass_time()
+        self._inner.settle()
+
+    def is_coming(self, sequence: Sequence) -> bool:
+        name = _name_of(sequence)
+        has_session = name is not None and self._level(name) not in _NOT_WAITING
+        return not has_session and self._inner.is_coming(sequence)
+
+    def n_found_tokens(self, sequence: Sequence) -> int:
+        name = _name_of(sequence)
+        n_same = 0 if name is None or name in self._claims else self._n_common(sequence, name)[0]
+        return max(n_same, self._inner.n_found_tokens(sequence))
+
+    # Room
+
+    def make_room(self, n_pages: int) -> bool:
+        if not self._inner.make_room(n_pages):
+            return False
+        memory = self._memory
+        while memory.n_available_pages() < n_pages:
+            self._let_pass()
+            if memory.n_available_pages() >= n_pages or not self._demote_next():
+                break
+        return memory.n_available_pages() >= n_pages
+
+    def give_way(self, n_pages: int) -> bool:
+        return self._inner.give_way(n_pages) or self._demote_next()
+
+    def make_host_room(self) -> bool:
+        """Move a session from host memory to disk, or away; return whether there was one.
+
+        Raises:
+            VmemError: It could not be moved.
+        """
+        self.n_changes += 1
+        return self._sessions.push_down(Level.HOST)
+
+    # For operators
+
+    def demote(self, session_id: str, domain: str) -> Level | None:
+        """Move a session one level down before its time; return where it is then. See `Sessions.demote`."""
+        try:
+            return self._sessions.demote(session_id, domain=domain)
+        finally:
+            self._reconcile()
+
+    def forget(self, session_id: str, domain: str) -> None:
+        """End a session that waits, wherever it is. See `Sessions.forget`."""
+        if self._level(Name(domain, session_id)) is Level.IN_USE:
+            raise SessionInUse(f"session {session_id!r} is in use by a request; forget it when that one has ended")
+        try:
+            self._sessions.forget(session_id, domain=domain)
+        finally:
+            self._reconcile()
+
+    def look(self) -> SessionStats:
+        """How many sessions are where."""
+        return self._sessions.stats()
+
+    @property
+    def disk_bytes(self) -> tuple[int, int]:
+        """Bytes on disk, and their bound."""
+        return (self._disk.n_bytes, self._disk.max_bytes) if self._disk is not None else (0, 0)
+
+    def check(self) -> None:
+        self._inner.check()
+        for slot_id, name in self._kept.items():
+            if self._level(name) is not Level.DEVICE or slot_id not in self.cached_slots():
+                raise InvariantError(f"slot {slot_id} is kept for a session that is not there")
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._inner.close)
+            if self._disk is not None:
+                stack.callback(self._disk.close)
+            stack.callback(self._reconcile)
+            stack.callback(self._sessions.close)
+
+    # Below: one session
+
+    def _begin_below(self, sequence: Sequence, expected_tokens: int) -> Start:
+        if self._kept:  # whose pages are in no prefix's way, where one is to be forked
+            self.make_room(self._memory.n_pages(1))
+        while True:
+            try:
+                return self._inner.begin(sequence, expected_tokens)
+            except OutOfSlots:
+                if not self._demote_next():
+                    raise
+
+    def _n_common(self, sequence: Sequence, name: Name) -> tuple[int, int]:
+        """How many tokens a sequence has in common with a session that waits, and how many that has."""
+        if len(sequence.token_ids) < 2 or self._level(name) in _NOT_WAITING:
+            return 0, 0
+        known = token_ids(self._sessions.tokens(name.session_id, domain=name.domain))
+        n_same = n_common(known, token_ids(sequence.token_ids[:-1]))
+        return (n_same if n_same >= self._min_tokens else 0), len(known)
+
+    def _n_usable(self, sequence: Sequence, name: Name) -> int:
+        """How many of a sequence's tokens are to be taken over with a session's slot; 0 for not at all."""
+        n_same, n_known = self._n_common(sequence, name)
+        n_found = self._inner.n_found_tokens(sequence)
+        if n_same == n_known:
+            return n_same if n_found <= n_same else 0
+        # What others can begin with as well leaves behind the pages that the session had for its own way.
+        return n_same if n_found < n_same else 0
+
+    def _resume(self, name: Name, n_tokens: int) -> SlotId | None:
+        """Return a session's slot with its first tokens; None where that cannot be, and then it is gone."""
+        self.n_changes += 1
+        try:
+            slot_id = self._bring_back(name)
+        except (CapacityError, DriverError, FileError, UnknownSession) as error:
+            self._require_device(error)
+            _LOG.warning("a session could not be resumed: %s", error)
+            self._forget(name)
+            return None
+        self._kept.pop(slot_id, None)
+        try:
+            self._memory.cut(slot_id, n_tokens)
+        except (CapacityError, DriverError) as error:
+            self._require_device(error)
+            _LOG.warning("a session could not be cut: %s", error)
+            self._inner.let_go(slot_id)
+            self._forget(name)
+            self._memory.retire([slot_id])
+            return None
+        return slot_id
+
+    def _bring_back(self, name: Name) -> SlotId:
+        if self._level(name) is not Level.DEVICE:
+            n_tokens = len(self._sessions.tokens(name.session_id, domain=name.domain))
+            self.make_room(self._memory.n_pages(n_tokens))
+        while True:
+            try:
+                return self._sessions.resume(name.session_id, domain=name.domain).slot_id
+            except OutOfSlots:
+                self._let_pass()
+                if not self.give_way(1):
+                    raise
+
+    def _retain(self, sequence: Sequence, name: Name) -> bool:
+        """Keep an ended sequence's slot under its name; return whether that was done."""
+        slot_id, n_tokens = sequence.slot_id, sequence.n_computed
+        if slot_id is None or n_tokens < self._min_tokens:
+            return False
+        self.n_changes += 1
+        if self._level(name) not in _NOT_WAITING:
+            self._forget(name)
+        try:
+            self._make_place()
+            self._memory.cut(slot_id, n_tokens)
+        except (CapacityError, DriverError, FileError) as error:
+            self._require_device(error)
+            _LOG.warning("a session could not be kept: %s", error)
+            return False
+        self._inner.keep(sequence)
+        tokens = sequence.token_ids[:n_tokens]
+        self._sessions.retain(name.session_id, slot_id, tokens, self._stay, domain=name.domain)
+        self._kept[slot_id] = name
+        return True
+
+    def _make_place(self) -> None:
+        """Let one more session be kept."""
+        stats = self._sessions.stats()
+        n_waiting = stats.n_on_device + stats.n_on_host + stats.n_on_disk
+        while n_waiting >= self._max_sessions and any(
+            self._sessions.push_down(level) for level in (Level.DISK, Level.HOST, Level.DEVICE)
+        ):
+            stats = self._sessions.stats()
+            n_waiting = stats.n_on_device + stats.n_on_host + stats.n_on_disk
+        self._reconcile()
+
+    def _forget(self, name: Name) -> None:
+        """End a session, if it is there still. Where its slot cannot be retired it stays, and its time will come."""
+        try:
+            self._sessions.forget(name.session_id, domain=name.domain)
+        except UnknownSession:
+            pass
+        except DriverError as error:
+            self._require_device(error)
+            _LOG.warning("a session could not be forgotten: %s", error)
+        self._reconcile()
+
+    def _demote_next(self) -> bool:
+        """Take the slot of the session that was longest unused; return whether that was done."""
+        for slot_id, name in list(self._kept.items())[:1]:
+            try:
+                self._sessions.demote(name.session_id, domain=name.domain)
+            except (CapacityError, DriverError, FileError) as error:
+                self._require_device(error)
+                _LOG.warning("a session could not be moved from the device: %s", error)
+                self._forget(name)
+            self._reconcile()
+            return slot_id not in self._kept
+        return False
+
+    def _let_pass(self) -> None:
+        """Wait for pages that were given up just now, and may be under a kernel still."""
+        try:
+            self._memory.settle()
+        except DriverError as error:  # an unmap failed; its pages are quarantined
+            self._require_device(error)
+            _LOG.warning("pages could not be had back: %s", error)
+
+    def _pass_time(self) -> None:
+        """Move sessions down whose time is over. One that cannot be moved does not keep the others from it."""
+        try:
+            n_moved = self._sessions.poll(self._n_at_once)
+            self._n_at_once = 1
+        except (CapacityError, DriverError, FileError) as error:
+            self._require_device(error)
+            _LOG.warning("sessions could not be moved down: %s", error)
+            n_moved, self._n_at_once = 1, None
+        if n_moved:
+            self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Let go of slots that sessions have left."""
+        self.n_changes += 1
+        for slot_id, name in list(self._kept.items()):
+            if self._level(name) is not Level.DEVICE:
+                del self._kept[slot_id]
+                self._inner.let_go(slot_id)
+
+    def _level(self, name: Name) -> Level | None:
+        try:
+            return self._sessions.level(name.session_id, domain=name.domain)
+        except UnknownSession:
+            return None
+
+    def _require_device(self, error: VmemError) -> None:
+        if isinstance(error, DriverError) and error.is_fatal:
+            raise error
+
+
+def _name_of(sequence: Sequence) -> Name | None:
+    session_id = sequence.request.session_id
+    return None if session_id is None or sequence.index else Name(sequence.request.domain, session_id)
