@@ -144,7 +144,7 @@ class KVCache:
                 short = {s: n for s, n in lengths.items() if n > slots.capacity[s]}
             except KeyError:
                 slots.require_active(lengths)
-                raise
+                raise  # pragma: no cover: the line above has raised; type checkers cannot know
             if slots.first_token or self.region.shares or min(lengths.values(), default=0) < 0:
                 self._require_lengths(lengths)
             if not short:

@@ -289,10 +289,12 @@ class Region:
             self._put_back(done, handles[:n_done])
             raise
         except BaseException:  # says nothing about how far it came
-            with contextlib.suppress(VmemError):
-                pages = _ranges_of_plan(old, handles, len(handles), page_by_page=True)
-                self._unmap_ranges(pages, [], is_certain=False)
-            self._put_back(old, handles)
+            try:
+                with contextlib.suppress(VmemError):
+                    pages = _ranges_of_plan(old, handles, len(handles), page_by_page=True)
+                    self._unmap_ranges(pages, [], is_certain=False)
+            finally:  # interrupted again
+                self._put_back(old, handles)
             raise
         with self.pool.lock:
             self.shares.drop(handles)  # held
@@ -373,7 +375,7 @@ class Region:
         if must_wait:
             try:
                 self.pool.driver.fence().wait()
-            except VmemError:
+            except BaseException:
                 self._get_stuck(ranges, may_pass=False, is_certain=True)
                 raise
         self._unmap_ranges(ranges, handles[n_mapped:])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 import threading
+import time
 
 import pytest
 
@@ -307,8 +309,9 @@ def test_growth_waits_for_the_worker_on_the_same_slot_and_only_there(
         assert inside.wait(60)
         bench.cache.ensure({other: 40})  # passes
         monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.001)
-        with pytest.raises(DriverError, match="stayed busy"):
+        with pytest.raises(DriverError, match="stayed busy") as caught:
             bench.cache.ensure({slot_id: 40})
+        assert (caught.value.operation, caught.value.code) == ("wait", errno.ETIMEDOUT)
         monkeypatch.undo()
         go_on.set()
         bench.cache.ensure({slot_id: 40})
@@ -329,3 +332,35 @@ def test_failing_once_in_the_worker_leaves_nothing_behind(open_bench: OpenBench)
         bench.check()
         bench.retire_all()
         bench.close()
+
+
+def test_whoever_waits_for_a_slot_is_woken_when_it_is_free(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 1e6)  # who is not woken never looks again
+    bench = open_bench()
+    slot_id = bench.grown(5)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def blocks(point: object) -> None:
+        if point.operation == "map" and not inside.is_set():  # type: ignore[attr-defined]
+            inside.set()
+            go_on.wait(60)
+
+    bench.faulty.plan = blocks  # type: ignore[assignment]
+    first, second = (
+        threading.Thread(target=bench.cache.ensure, args=[{slot_id: n_tokens}], daemon=True) for n_tokens in (40, 48)
+    )
+    first.start()
+    assert inside.wait(60)
+    second.start()
+    while not bench.pool.lock._waiters:  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    go_on.set()
+    for thread in (first, second):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert bench.cache.n_tokens(slot_id) == 48
+    bench.check()
+    bench.retire_all()
+    bench.close()

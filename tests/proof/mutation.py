@@ -2,10 +2,11 @@
 
     python -m tests.proof.mutation vmem_kv/growth.py vmem_kv/slots.py --sample 100 --seed 1
 
-Every mutant changes one place: a comparison, an operator, a number, a condition, a statement that is left out.
-Annotations are left alone, since nothing evaluates them. A mutant lives in a forked process of its own, which imports
-the package with the changed module and runs the tests until one fails. Survivors are printed with their lines, to be
-read: some are equivalent to the original, the others want a test.
+Every mutant changes one place: a comparison, an operator, a number, a condition, a statement that is left out. Left
+alone are annotations, since nothing evaluates them, and `strict=True` of a zip, which asks for what is certain. A
+mutant lives in a forked process of its own, which imports the package with the changed module and runs the tests until
+one fails. Survivors are printed with their lines, to be read: some are equivalent to the original, the others want a
+test.
 
 Assumptions: run from the repository's root, on Linux.
 """
@@ -19,6 +20,7 @@ import importlib.abc
 import importlib.util
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -29,7 +31,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 LIMIT_S = 90
-"""A mutant that takes longer hangs, which is noticed."""
+"""A mutant that computes for longer, or waits for so long before the tests begin, hangs, which is noticed. In a test
+that only waits, pytest's own limit ends it."""
 
 TESTS = [
     "tests/core/test_units_and_layout.py",
@@ -40,8 +43,13 @@ TESTS = [
     "tests/core/test_small_repairs.py",
     "tests/core/test_closing.py",
     "tests/core/test_sharing.py",
+    "tests/core/test_sharing_edges.py",
+    "tests/core/test_exchange.py",
+    "tests/core/test_interruptions.py",
     "tests/proof/test_remaining_branches.py",
     "tests/proof/test_exact_values.py",
+    "tests/core/test_rows.py",
+    "tests/test_tensors.py",
 ]
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -76,22 +84,37 @@ class Mutant(NamedTuple):
     tree: ast.Module
 
 
-def mutants_of(path: Path) -> Iterator[Mutant]:
-    """Every mutant of a file, in the order of its lines."""
-    tree = ast.parse(path.read_text())
-    annotations = set(_annotations(tree))
-    for index, node in enumerate(ast.walk(tree)):
-        if node in annotations:
-            continue  # nobody evaluates it
-        for number in range(_n_changes(node)):
-            changed = copy.deepcopy(tree)
-            target = next(n for i, n in enumerate(ast.walk(changed)) if i == index)
-            what = _change(target, number)
-            yield Mutant(path, getattr(node, "lineno", 0), what, ast.fix_missing_locations(changed))
+class Place(NamedTuple):
+    """Where a mutant differs: the n-th change of the node with this number, in the order of `ast.walk`."""
+
+    line: int
+    node: int
+    change: int
 
 
-def _annotations(tree: ast.Module) -> Iterator[ast.AST]:
+def places_in(tree: ast.Module) -> list[Place]:
+    """Every place of a module that can be changed."""
+    alone = set(_left_alone(tree))
+    return [
+        Place(getattr(node, "lineno", 0), index, change)
+        for index, node in enumerate(ast.walk(tree))
+        if node not in alone
+        for change in range(_n_changes(node))
+    ]
+
+
+def mutant_at(path: Path, tree: ast.Module, place: Place) -> Mutant:
+    """The module with this change; `tree` stays as it is."""
+    changed = copy.deepcopy(tree)
+    node = next(node for index, node in enumerate(ast.walk(changed)) if index == place.node)
+    what = _change(node, place.change)
+    return Mutant(path, place.line, what, ast.fix_missing_locations(changed))
+
+
+def _left_alone(tree: ast.Module) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            yield node.value
         for name in ("annotation", "returns"):
             if (annotation := getattr(node, name, None)) is not None:
                 yield from ast.walk(annotation)
@@ -171,6 +194,7 @@ def is_noticed(mutant: Mutant) -> bool:
     """Run the tests on a mutant in a process of its own; whether any failed, hung or crashed."""
     child = os.fork()
     if child == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))  # whatever else the machine does meanwhile
         signal.alarm(LIMIT_S)
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
@@ -187,6 +211,7 @@ def _run_tests(mutant: Mutant) -> int:
         from vmem_kv.testing.targets import open_driver
 
         random_run(1, 1500, open_driver("host:native"))
+        signal.alarm(0)
         import pytest
 
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cuda and not python"]
@@ -204,24 +229,27 @@ def main() -> None:
     given = parser.parse_args()
     # What every child needs and no mutant changes. (Not pytest's plugins: it wants to import those itself.)
     import numpy  # noqa: F401
+    import torch  # noqa: F401
 
     for path in given.files:
-        mutants = list(mutants_of(path))
-        n_all = len(mutants)
+        tree = ast.parse(path.read_text())
+        places = places_in(tree)
+        n_all = len(places)
         if given.sample is not None and given.sample < n_all:
-            mutants = sorted(random.Random(given.seed).sample(mutants, given.sample), key=lambda mutant: mutant.line)
-        if is_noticed(Mutant(path, 0, "", ast.parse(path.read_text()))):
+            places = sorted(random.Random(given.seed).sample(places, given.sample), key=lambda place: place.line)
+        if is_noticed(Mutant(path, 0, "", tree)):
             sys.exit(f"the tests fail without any mutant of {path}: no score can be had")
         begin, n_noticed = time.monotonic(), 0
-        for mutant in mutants:
+        for place in places:
+            mutant = mutant_at(path, tree, place)
             noticed = is_noticed(mutant)
             n_noticed += noticed
             if not noticed:
                 sys.stdout.write(f"survived: {path}:{mutant.line}: {mutant.what}\n")
                 sys.stdout.flush()
-        score = n_noticed / len(mutants)
+        score = n_noticed / len(places)
         sys.stdout.write(
-            f"{path}: {n_noticed} of {len(mutants)} mutants noticed ({score:.1%}), of {n_all} there are, seed "
+            f"{path}: {n_noticed} of {len(places)} mutants noticed ({score:.1%}), of {n_all} there are, seed "
             f"{given.seed}, {time.monotonic() - begin:.0f} s\n"
         )
         sys.stdout.flush()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import threading
+import time
 from dataclasses import FrozenInstanceError, fields
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vmem_kv.cache import KVCache
 from vmem_kv.config import CacheConfig
@@ -16,9 +21,11 @@ from vmem_kv.growth import PageRange
 from vmem_kv.pages import PagePool
 from vmem_kv.stats import CacheStats
 from vmem_kv.steps import StepCounter
+from vmem_kv.storage import open_storage
 from vmem_kv.testing import FaultyDriver, ManualFence, Point, fail_kind, interruption, no_faults
 from vmem_kv.testing.explorer import CallHook
 from vmem_kv.testing.operations import odd_layout
+from vmem_kv.units import count
 
 from .drivers import open_driver
 
@@ -44,6 +51,7 @@ def test_slots_slide_together_and_none_goes_back() -> None:
     lab = Lab()
     first, second = lab.cache.acquire_adjacent(2)
     lab.cache.ensure({first: 40, second: 40})
+    lab.cache.slide([first, second], 0)
     lab.cache.slide(first, 30)
     lab.cache.slide([first, second], 20)
     with pytest.raises(UsageError, match="slide gave up"):
@@ -200,6 +208,30 @@ def test_steps_hold_a_fence_back_until_they_have_ended() -> None:
     blocked.wait()
     assert blocked.passed()
     steps._record = recorder
+
+
+def test_steps_that_are_open_together_end_one_by_one() -> None:
+    steps = StepCounter(lambda: PASSED)
+    first, second = steps.begin(), steps.begin()
+    fence = steps.fence()
+    for n_open, number in ((1, second), (0, first)):
+        assert not fence.passed()
+        steps.end(number)
+        assert steps.n_open == n_open
+    assert fence.passed()
+
+
+def test_whoever_waits_for_a_step_is_woken_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmem_kv.steps.STEP_TIMEOUT_S", 1e6)  # who is not woken never looks again
+    steps = StepCounter(lambda: PASSED)
+    number = steps.begin()
+    thread = threading.Thread(target=steps.fence().wait, daemon=True)
+    thread.start()
+    while not steps._changed._waiters:  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    steps.end(number)
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_a_step_that_never_ends_is_an_error_for_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,3 +400,17 @@ def test_a_page_outside_of_its_plane_is_an_invariant_error() -> None:
         lab.cache.check()
     lab.cache.region.mapped[slot_id][0] = kept
     lab.close()
+
+
+def test_where_torch_has_lost_a_private_name_dlpack_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = ctypes.create_string_buffer(b"12345678")
+    monkeypatch.delattr(torch._C, "_construct_storage_from_data_pointer")
+    storage = open_storage(ctypes.addressof(memory), 8, torch.device("cpu"))
+    assert (storage.data_ptr(), bytes(storage)) == (ctypes.addressof(memory), b"12345678")
+    monkeypatch.setattr("vmem_kv.storage._libc", SimpleNamespace(malloc=lambda n_bytes: None))
+    with pytest.raises(MemoryError, match="DLPack"):
+        open_storage(ctypes.addressof(memory), 8, torch.device("cpu"))
+
+
+def test_numbers_of_things_are_written_as_people_say_them() -> None:
+    assert [count(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ..core.subprocesses import ROOT
+from ..core.subprocesses import ROOT, TIMEOUT_S
 from .conftest import Record
 
 pytestmark = pytest.mark.timeout(900)  # of a busy machine
@@ -74,6 +74,61 @@ assert not progress.findings, progress.findings
 print(report.n_checks, totals.n_ops, progress.n_ops)
 """
 
+# gcc's own OpenMP is not instrumented: the thread sanitizer would see no order between its threads, and report every
+# loop. These are the calls that gcc makes for the one loop of host_attention.c; with pthreads the sanitizer sees all.
+LOOPS = """
+#include <pthread.h>
+#include <stdbool.h>
+#define OURS __attribute__((visibility("hidden")))
+#define MAX_THREADS 16
+typedef struct {
+    void (*work)(void *);
+    void *data;
+    pthread_mutex_t lock;
+    bool has_begun;
+    long next, end, step;
+} team;
+static __thread team *mine;
+OURS bool GOMP_loop_nonmonotonic_dynamic_next(long *first, long *behind) {
+    pthread_mutex_lock(&mine->lock);
+    bool is_left = mine->next < mine->end;
+    *first = mine->next;
+    mine->next += mine->step;
+    *behind = mine->next < mine->end ? mine->next : mine->end;
+    pthread_mutex_unlock(&mine->lock);
+    return is_left;
+}
+OURS bool GOMP_loop_nonmonotonic_dynamic_start(long start, long end, long step, long chunk, long *first,
+                                               long *behind) {
+    pthread_mutex_lock(&mine->lock);
+    if (!mine->has_begun) {
+        mine->has_begun = true, mine->next = start, mine->end = end, mine->step = step * chunk;
+    }
+    pthread_mutex_unlock(&mine->lock);
+    return GOMP_loop_nonmonotonic_dynamic_next(first, behind);
+}
+OURS void GOMP_loop_end_nowait(void) {}
+static void *take_part(void *given) {
+    mine = given;
+    mine->work(mine->data);
+    return 0;
+}
+OURS void GOMP_parallel(void (*work)(void *), void *data, unsigned n_threads, unsigned flags) {
+    team all = {.work = work, .data = data, .lock = PTHREAD_MUTEX_INITIALIZER};
+    pthread_t others[MAX_THREADS];
+    (void)flags;
+    for (unsigned i = 1; i < n_threads; i++) pthread_create(&others[i], 0, take_part, &all);
+    take_part(&all);
+    for (unsigned i = 1; i < n_threads; i++) pthread_join(others[i], 0);
+}
+"""
+ATTENTION = "native/host_attention.c"
+CLONES = '__attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))'
+ATTEND = """
+from tests.proof.ragged_attention import attend_all
+print(attend_all({library!r}, n_threads=3))
+"""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiler() -> None:
@@ -93,7 +148,7 @@ def build(sanitizer: str, sources: list[str], target: Path, *options: str) -> st
         *FLAGS[sanitizer],
         *options,
     ]
-    subprocess.run([*command, "-o", str(target), *sources, "-lpthread"], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([*command, "-o", str(target), *sources, "-lpthread"], cwd=ROOT, check=True, timeout=TIMEOUT_S)
     return str(target)
 
 
@@ -107,7 +162,7 @@ def run(sanitizer: str, code: str) -> subprocess.CompletedProcess[str]:
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "exitcode=66:report_signal_unsafe=0",
+        "TSAN_OPTIONS": "exitcode=66:halt_on_error=1:report_signal_unsafe=0",
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
@@ -116,7 +171,7 @@ def run(sanitizer: str, code: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=TIMEOUT_S,
         check=False,
     )
 
@@ -159,3 +214,47 @@ def test_the_native_code_is_clean(sanitizer: str, driver: str, tmp_path: Path, r
         operations_in_turns_with_four_threads=n_threads,
         reports=0,
     )
+
+
+def build_attention(sanitizer: str, source: Path, folder: Path) -> str:
+    loops = folder / "loops.c"
+    loops.write_text(LOOPS)
+    options = ["-fopenmp", "-Wno-psabi", "-g1"]
+    library = build(sanitizer, [str(source), str(loops)], folder / "attention.so", *options)
+    wanted = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    assert "GOMP" not in wanted.stdout, "this compiler makes other calls; add them to LOOPS"
+    return library
+
+
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_attention_is_clean(sanitizer: str, tmp_path: Path, record: Record) -> None:
+    library = build_attention(sanitizer, ROOT / ATTENTION, tmp_path)
+    done = run(sanitizer, ATTEND.format(library=library))
+    assert not any(name in done.stderr for name in REPORTS), done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
+    record(
+        f"native code under {'TSan' if sanitizer == 'tsan' else 'ASan and UBSan'}",
+        "attention",
+        ragged_batches=int(done.stdout),
+        reports=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "old", "new", "report"),
+    [
+        ("asan", "? end_key - key : KEYS;", "? end_key - key + (length == 7) : KEYS;", "use-after-poison"),
+        ("asan", "token * call->query_strides[0]", "(token + 1) * call->query_strides[0]", "heap-buffer-overflow"),
+        ("asan", "LANES; i++) {\n        column[i]", "LANES + 1; i++) {\n        column[i]", "out of bounds for type"),
+        ("tsan", "    scratch memory;", "    static scratch memory;", "data race"),
+    ],
+)
+def test_a_mistake_in_attention_is_found(sanitizer: str, old: str, new: str, report: str, tmp_path: Path) -> None:
+    text = (ROOT / ATTENTION).read_text()
+    for piece in (old, CLONES):
+        assert piece in text, "the kernel has another text now; plant this mistake anew"
+    source = tmp_path / "planted.c"
+    source.write_text(text.replace(old, new).replace(CLONES, ""))  # once, for any machine: compiled sooner
+    done = run(sanitizer, ATTEND.format(library=build_attention(sanitizer, source, tmp_path)))
+    assert done.returncode != 0
+    assert report in done.stderr

@@ -36,7 +36,12 @@ def stress(
         float | None, typer.Option(help="Stop after so long, more than 0; with --ops, at what comes first.")
     ] = None,
     faults: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of operations in which driver calls fail.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of operations for which a failing driver call is planned; most make too few calls to meet it.",
+        ),
     ] = 0.15,
     threads: Annotated[
         int, typer.Option(min=1, max=64, help="With more than one, every other round is theirs, the first one too.")
