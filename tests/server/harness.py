@@ -29,7 +29,8 @@ from vmem_kv.server.text import TextCodec
 
 MODEL = "tiny"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-WAIT_S = 30.0
+WAIT_S = 120.0
+"""For what must come true, on however busy a machine."""
 Data = dict[str, Any]
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
@@ -51,6 +52,14 @@ class Running:
     def engine(self) -> Engine:
         return self.service.engine.engine
 
+    def let_it_accept(self) -> None:
+        """Return when the server has seen every connection that was made before, and what was sent on it.
+
+        A connection that is made now comes behind them, and a second one behind the turn of the loop of the first.
+        """
+        for _ in range(2):
+            assert httpx.get(f"{self.url}/health", timeout=WAIT_S, trust_env=False).status_code == 200
+
     def post(self, endpoint: str, **fields: Any) -> httpx.Response:
         return self.client.post(PATHS[endpoint], json=good(endpoint, **fields))
 
@@ -59,11 +68,15 @@ class Running:
         self.loop.call_soon_threadsafe(self.server.end)
 
     def is_idle(self) -> bool:
-        return not self.engine.has_work and not slots_in_use(self.engine)
+        """Nothing that was submitted is unfinished.
+
+        By the streams first: a sequence between waiting and running is neither to whoever looks from outside.
+        """
+        return not self.service.engine.health().n_open and not self.engine.has_work and not slots_in_use(self.engine)
 
     def check_idle(self) -> None:
-        """No page belongs to a sequence, and the books add up."""
-        until(self.is_idle)
+        """Every response is complete, no page belongs to a sequence, and the books add up."""
+        until(lambda: not self.service.metrics.n_open and self.is_idle())
         assert n_pages_in_use(self.engine) == 0
         self.engine.memory.cache.check()
 

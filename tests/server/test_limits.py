@@ -55,7 +55,7 @@ def test_what_is_longer_than_the_memory_is_400_at_once(tiny_model_folder: Path, 
 
 
 def test_a_full_queue_is_seen_before_anything_is_encoded(tiny_model_folder: Path) -> None:
-    with serving(tiny_model_folder, max_num_seqs=1, max_queued=1) as running:
+    with serving(tiny_model_folder, limits=Limits(grace_s=WAIT_S), max_num_seqs=1, max_queued=1) as running:
         n_encoded = 0
         encode = running.service.codec._tokenizer
 

@@ -41,6 +41,11 @@ EXTRA_OF_PACKAGE = {
 OPTION_OF_SETTING = (
     (r"\bmax_bytes\b", "--max-memory"),
     (r"\bpage_bytes\b", "--page-bytes"),
+    (r"\bmax_model_len\b", "--max-len"),
+    (r"\bhost_bytes\b", "--host-memory"),
+    (r"\bdisk_bytes\b", "--disk-memory"),
+    (r"\bdisk_folder\b", "--disk-folder"),
+    (r"\bsession_ttl_s\b", "--session-ttl"),
     (r"\battn_implementation=['\"](\w+)['\"]", r"--attention \1"),
 )
 """How settings are called in Python, as patterns, and by those who type a command."""

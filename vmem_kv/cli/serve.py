@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -29,43 +30,47 @@ def serve(
     ] = None,
     served_name: Annotated[
         str | None,
-        typer.Option("--name", help="What clients call the model.", show_default="the last part of MODEL",
-                     rich_help_panel=_MODEL),
+        typer.Option("--name", metavar="NAME", help="What clients call the model.",
+                     show_default="the last part of MODEL", rich_help_panel=_MODEL),
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Number format of weights and cache.", rich_help_panel=_MODEL)
     ] = Dtype.FLOAT32,
     device: Annotated[
         str,
-        typer.Option(help="Where model and cache live: cpu, cuda or cuda:N; see `vmem-kv doctor`.",
+        typer.Option(metavar="DEVICE", help="Where model and cache live: cpu, cuda or cuda:N; see `vmem-kv doctor`.",
                      rich_help_panel=_MODEL),
     ] = "cpu",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads that torch computes with.", show_default="torch's choice",
+        typer.Option(metavar="N", min=1, help="Threads that torch computes with.", show_default="torch's choice",
                      rich_help_panel=_MODEL),
     ] = None,
     max_seqs: Annotated[
-        int, typer.Option(min=1, help="Sequences that compute together; each has a slot.", rich_help_panel=_ENGINE)
+        int,
+        typer.Option(metavar="N", min=1, help="Sequences that compute together; each has a slot.",
+                     rich_help_panel=_ENGINE)
     ] = 32,
     max_len: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a sequence, prompt and answer. It costs addresses, not memory.",
+        typer.Option(metavar="N", min=2,
+                     help="Tokens of a sequence, prompt and answer. It costs addresses, not memory.",
                      show_default="what the model was made for", rich_help_panel=_ENGINE),
     ] = None,
     max_batch_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Tokens of one step. Longer prompts are computed in chunks beside the others' tokens.",
+        typer.Option(metavar="N", min=1,
+                     help="Tokens of one step. Longer prompts are computed in chunks beside the others' tokens.",
                      rich_help_panel=_ENGINE),
     ] = 512,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Budget of physical memory for the cache, such as 2g.", show_default="90 % of what is free",
-                     rich_help_panel=_ENGINE),
+        typer.Option(metavar="SIZE", help="Budget of physical memory for the cache, such as 2g.",
+                     show_default="90 % of what is free", rich_help_panel=_ENGINE),
     ] = None,
     page_bytes: Annotated[
         str | None,
-        typer.Option(help="Unit of physical memory, such as 64k.", show_default="by the layout",
+        typer.Option(metavar="SIZE", help="Unit of physical memory, such as 64k.", show_default="by the layout",
                      rich_help_panel=_ENGINE),
     ] = None,
     prefix_cache: Annotated[
@@ -75,60 +80,95 @@ def serve(
     ] = True,
     prefix_policy: Annotated[
         str,
-        typer.Option(help="Which cached prefix goes first when room is needed: lru, or cost (of computing it again).",
+        typer.Option(metavar="NAME",
+                     help="Which cached prefix goes first when room is needed: lru, or cost (of computing it again).",
                      rich_help_panel=_ENGINE),
     ] = "lru",
+    host_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE",
+                     help="Host memory for what running sequences lose when pages run short, and for sessions, such as "
+                     "4g; without it there are no sessions.", show_default="none", rich_help_panel=_ENGINE),
+    ] = None,
+    disk_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Room on disk for sessions that leave host memory, such as 50g.",
+                     show_default="none",
+                     rich_help_panel=_ENGINE),
+    ] = None,
+    disk_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where that is: a folder on a local disk, not in memory.", file_okay=False,
+                     show_default="none", rich_help_panel=_ENGINE),
+    ] = None,
+    session_ttl: Annotated[
+        float,
+        typer.Option(metavar="S", min=0.0,
+                     help="Seconds that a session keeps its slot while nobody asks; then ten times as long in "
+                     "host memory, and sixty times on disk.", rich_help_panel=_ENGINE),
+    ] = 60.0,
     layout: Annotated[
-        str, typer.Option(help="auto, per_head, per_layer, group:N or token_major.", rich_help_panel=_ENGINE)
+        str,
+        typer.Option(metavar="NAME", help="auto, per_head, per_layer, group:N or token_major.",
+                     rich_help_panel=_ENGINE)
     ] = "auto",
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on. One that other machines reach needs an API key.",
+        typer.Option(metavar="HOST", help="Address to listen on. One that other machines reach needs an API key.",
                      rich_help_panel=_HTTP),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65_535, help="Port to listen on; 0 takes any that is free.", rich_help_panel=_HTTP)
+        int,
+        typer.Option(metavar="PORT", min=0, max=65_535, help="Port to listen on; 0 takes any that is free.",
+                     rich_help_panel=_HTTP)
     ] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="VMEM_KV_API_KEY", show_envvar=True, show_default=False,
+        typer.Option("--api-key", metavar="KEY", envvar="VMEM_KV_API_KEY", show_envvar=True, show_default=False,
                      help="A key that clients must send. Prefer the variable: other users see your command line.",
                      rich_help_panel=_HTTP),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, rich_help_panel=_HTTP,
+        typer.Option(metavar="FILE", exists=True, dir_okay=False, rich_help_panel=_HTTP,
                      help="Keys, one a line. Clients of different keys never get each other's pages unscrubbed."),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="A further name by which clients may call a server on loopback (against DNS rebinding).",
+        typer.Option(metavar="HOST",
+                     help="A further name by which clients may call a server on loopback (against DNS rebinding).",
                      rich_help_panel=_HTTP),
     ] = None,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Answers that may wait for a slot; more get 429.", rich_help_panel=_HTTP)
+        int,
+        typer.Option(metavar="N", min=1, help="Answers that may wait for a slot; more get 429.",
+                     rich_help_panel=_HTTP)
     ] = 256,
-    max_n: Annotated[int, typer.Option(min=1, help="Answers in one request.", rich_help_panel=_HTTP)] = 8,
+    max_n: Annotated[int, typer.Option(metavar="N", min=1, help="Answers in one request.", rich_help_panel=_HTTP)] = 8,
     request_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for one request, waiting included.", rich_help_panel=_HTTP)
+        float, typer.Option(metavar="S", min=0.1, help="Seconds for one request, waiting included.",
+                     rich_help_panel=_HTTP)
     ] = 600.0,
     send_timeout: Annotated[
         float,
-        typer.Option(min=0.1, help="Seconds that a client may stop reading before it is cut off.",
+        typer.Option(metavar="S", min=0.1, help="Seconds that a client may stop reading before it is cut off.",
                      rich_help_panel=_HTTP),
     ] = 30.0,
     max_silence: Annotated[
         float,
-        typer.Option(min=0.5, help="Seconds without a sign of life from the engine until /ready says 503. "
+        typer.Option(metavar="S", min=0.5, help="Seconds without a sign of life from the engine until /ready says 503. "
                      "Above the longest step.", rich_help_panel=_HTTP),
     ] = 10.0,
     grace: Annotated[
         float,
-        typer.Option(min=0.1, help="Seconds for unfinished answers after SIGTERM or Ctrl-C; a second one ends at once.",
+        typer.Option(metavar="S", min=0.1,
+                     help="Seconds for unfinished answers after SIGTERM or Ctrl-C; a second one ends at once.",
                      rich_help_panel=_HTTP),
     ] = 30.0,
     log_level: Annotated[
-        str, typer.Option(help="debug, info, warning or error. Logs are JSON on standard error.", rich_help_panel=_HTTP)
+        str,
+        typer.Option(metavar="NAME", help="debug, info, warning or error. Logs are JSON on standard error.",
+                     rich_help_panel=_HTTP)
     ] = "info",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:  # fmt: skip
@@ -152,7 +192,15 @@ def serve(
 
     Every sequence has a slot: a contiguous range of addresses for --max-len tokens. Physical pages are mapped under it
     as tokens arrive. So --max-len and --max-seqs cost addresses only; --max-memory is what is really spent. Where it
-    does not suffice, requests wait, and the youngest ones are computed again later.
+    does not suffice, requests wait, and the youngest ones are computed again later; with --host-memory they are parked
+    there instead, and go on where they were.
+
+    **Sessions**
+
+    With --host-memory, requests may name a conversation: `"session_id": "..."`, up to 256 characters, in the body of
+    both endpoints. The next request of that name computes only what is new. The name is good for one API key and one
+    `cache_salt`. A session that waits blocks nobody: it leaves the device after --session-ttl, or when pages run short,
+    for host memory, and that for --disk-folder.
 
     **Ending**
 
@@ -162,6 +210,8 @@ def serve(
     **Examples**
 
     - `vmem-kv serve ./my-model --dtype bfloat16 --max-memory 4g`
+
+    - `vmem-kv serve --host-memory 8g --disk-memory 50g --disk-folder /var/tmp --session-ttl 120`
 
     - `VMEM_KV_API_KEY=... vmem-kv serve --host 0.0.0.0 --port 80`
     """
@@ -185,9 +235,13 @@ def serve(
         "layout": layout,
         "prefix_caching": prefix_cache,
         "prefix_policy": prefix_policy,
+        "host_bytes": host_memory,
+        "disk_bytes": disk_memory,
+        "disk_folder": None if disk_folder is None else str(disk_folder),
+        "session_ttl_s": session_ttl,
         **({"page_bytes": _bytes(page_bytes)} if page_bytes else {}),
     }
-    name = served_name or (Path(model_name).stem if model_name else "SmolLM2-135M-Instruct")
+    name = served_name or (_name_of(model_name) if model_name else "SmolLM2-135M-Instruct")
     with lossy_stderr(), closing(listener):
         from vmem_kv.engine.llm import make_config
 
@@ -213,10 +267,19 @@ def serve(
     raise typer.Exit(code)
 
 
+def _name_of(model: str) -> str:
+    """Return the last part of a folder's, a file's or a hub's name, whole: versions have dots."""
+    return os.path.basename(os.path.abspath(model)).removesuffix(".gguf")
+
+
 def _read_keys(api_key: str | None, file: Path | None) -> list[str]:
     keys = [api_key] if api_key else []
     if file is not None:
-        keys += [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            text = file.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{file} is no UTF-8 text; write one API key a line") from None
+        keys += [line.strip() for line in text.splitlines() if line.strip()]
         if not keys:
             raise ConfigError(f"{file} holds no API key; write one a line")
     return keys

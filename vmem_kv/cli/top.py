@@ -63,18 +63,28 @@ def draw(data: dict[str, Any], n_rows: int | None) -> RenderableType:
         f"live {format_bytes(data['live_bytes'])}"
     )
     work = (
-        f"running {last.get('n_running', 0)}   queued {last.get('n_waiting', 0)}   "
+        f"running {data['n_running']} of {data['max_running']}   queued {last.get('n_waiting', 0)}   "
         f"preemptions {data['n_preempted']}   driver calls/s {last.get('driver_calls_per_s', 0.0):.1f}"
         + ("" if data["hit_share"] is None else f"   prompts cached {data['hit_share']:.0%}")
     )
     lines = (
         memory,
         f"pages of {format_bytes(data['page_bytes'])}: {pages}",
+        *([] if data["tiers"] is None else [_tiers(data["tiers"])]),
         work,
         f"tokens/s {last.get('generated_tokens_per_s', 0.0):7.1f} {_spark(data, 'generated_tokens_per_s')}",
         f"pages    {last.get('n_live_pages', 0):7,} {_spark(data, 'n_live_pages')}",
     )
     return Group(head, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines), _slots(data, n_rows))
+
+
+def _tiers(tiers: dict[str, Any]) -> str:
+    sessions = tiers["n_sessions"]
+    return (
+        f"sessions on device {sessions['in_use'] + sessions['device']}   host {sessions['host']}   "
+        f"disk {sessions['disk']}   host memory {format_bytes(tiers['host_bytes'])} of "
+        f"{format_bytes(tiers['max_host_bytes'])}   parked {tiers['n_parked']}   restored {tiers['n_restored']}"
+    )
 
 
 def _slots(data: dict[str, Any], n_rows: int | None) -> Table:
@@ -83,7 +93,8 @@ def _slots(data: dict[str, Any], n_rows: int | None) -> Table:
         table.add_column(heading, justify="right" if heading in ("slot", "tokens", "live", "mapped") else "left")
     most = max(1, *(slot["mapped_bytes"] for slot in data["slots"]))
     order = {"active": 0, "cached": 1, "retired": 2, "warm": 3, "broken": 4}
-    slots = sorted(enumerate(data["slots"]), key=lambda item: order.get(item[1]["state"], 5))
+    slots = [item for item in enumerate(data["slots"]) if item[1]["state"] != "cold"]
+    slots.sort(key=lambda item: order.get(item[1]["state"], 5))
     for index, slot in slots[:n_rows]:
         live_bytes = slot["n_tokens"] * data["token_bytes"]
         n_mapped = round(_BAR_CELLS * slot["mapped_bytes"] / most)
@@ -97,6 +108,8 @@ def _slots(data: dict[str, Any], n_rows: int | None) -> Table:
             format_bytes(live_bytes),
             format_bytes(slot["mapped_bytes"]),
         )
+    if n_cold := len(data["slots"]) - len(slots):
+        table.add_row("", "cold", Text(f"{n_cold} slots with nothing mapped", _STYLES["cold"]))
     return table
 
 

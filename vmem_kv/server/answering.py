@@ -1,5 +1,6 @@
 """From engine requests to responses: whole answers, or event streams.
 
+    await encoded(codec.encode(text), ...)     its tokens
     asked = Asked(service, requests, ...)      all of its prompts are queued, or none
     await whole(asked, request.receive)        every answer, complete
     EventStream(asked, shape)                  every piece, as it comes
@@ -17,6 +18,7 @@ from contextlib import aclosing
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +27,7 @@ from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
 from vmem_kv.errors import ReaderTooSlow, RequestFailed, ShuttingDown, VmemError
 from vmem_kv.server.body import ClientGone
 from vmem_kv.server.errors import SERVER, ApiError, failure, from_engine
+from vmem_kv.server.limits import Limits
 from vmem_kv.server.service import Record, Service
 
 T = TypeVar("T")
@@ -103,8 +106,7 @@ class Asked:
             while waiting:
                 left_s = end_s - monotonic()
                 if left_s <= 0:
-                    self.record.ended_early = "timeout"
-                    raise ApiError(504, "The answer took too long and was ended.", kind=SERVER, code="timeout")
+                    raise _too_long(self.record)
                 done, _ = await asyncio.wait(
                     waiting, timeout=min(left_s, limits.ping_s), return_when=asyncio.FIRST_COMPLETED
                 )
@@ -164,7 +166,10 @@ async def whole(asked: Asked, receive: Receive) -> list[dict[int, SequenceUpdate
         ApiError: See `Asked.updates`.
         ClientGone: The client left. Nothing is computed any more.
     """
-    return await unless_gone(_collect(asked), receive, asked)
+    try:
+        return await unless_gone(_collect(asked), receive, asked.record)
+    finally:
+        asked.close()
 
 
 async def _collect(asked: Asked) -> list[dict[int, SequenceUpdate]]:
@@ -181,7 +186,27 @@ async def _collect(asked: Asked) -> list[dict[int, SequenceUpdate]]:
     return answers
 
 
-async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive, asked: Asked) -> T:
+async def encoded(work: Coroutine[Any, Any, T], http: HttpRequest, limits: Limits) -> T:
+    """Do the work that comes before a request's submission: its text is encoded behind that of others.
+
+    Raises:
+        ApiError: What the work raises, or the time is up.
+        ClientGone: The client left. What had not begun is not done.
+    """
+    record: Record = http.state.record
+    try:
+        async with asyncio.timeout(record.arrived_s + limits.request_timeout_s - monotonic()):
+            return await unless_gone(work, http.receive, record)
+    except TimeoutError:
+        raise _too_long(record) from None
+
+
+def _too_long(record: Record) -> ApiError:
+    record.ended_early = "timeout"
+    return ApiError(504, "The answer took too long and was ended.", kind=SERVER, code="timeout")
+
+
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive, record: Record) -> T:
     """Do work for a client as long as it is there.
 
     Raises:
@@ -192,11 +217,10 @@ async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive, asked: Ask
     try:
         await asyncio.wait((gone, working), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            asked.record.ended_early = "disconnect"
+            record.ended_early = "disconnect"
             raise ClientGone
         return working.result()
     finally:
-        asked.close()
         gone.cancel()
         working.cancel()
         await asyncio.gather(gone, working, return_exceptions=True)
@@ -221,9 +245,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
         try:
-            await unless_gone(self._send_all(send), receive, self._asked)
+            await unless_gone(self._send_all(send), receive, self._asked.record)
         except ClientGone:
             return
+        finally:
+            self._asked.close()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp
 
 import vmem_kv
 from vmem_kv.errors import RequestError
+from vmem_kv.server.answering import encoded
 from vmem_kv.server.body import ClientGone, read_model
 from vmem_kv.server.chat import chat
 from vmem_kv.server.completions import complete
@@ -38,6 +40,7 @@ def build_app(service: Service, history: History) -> ASGIApp:
     app = FastAPI(
         title="vmem_kv",
         version=vmem_kv.__version__,
+        openapi_url=None,  # a route of ours, below
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
@@ -45,7 +48,7 @@ def build_app(service: Service, history: History) -> ASGIApp:
     _add_generation(app, service)
     _add_operation(app, service, history)
     _add_errors(app)
-    _describe_bodies(app)
+    _add_document(app)
     return Gate(app, service)
 
 
@@ -76,10 +79,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Return the tokens of a prompt or of messages."""
         ask = await read_model(request, TokenizeAsk, service.limits)
         service.check_model(ask.model)
-        if ask.messages is not None:
-            tokens = await service.codec.encode_chat(ask.messages)
-        else:
-            tokens = await service.codec.encode(ask.prompt or "", add_special_tokens=ask.add_special_tokens)
+        codec = service.codec
+        with service.turn_to_encode():
+            if ask.messages is not None:
+                work = codec.encode_chat(ask.messages)
+            else:
+                work = codec.encode(ask.prompt or "", add_special_tokens=ask.add_special_tokens)
+            tokens = await encoded(work, request, service.limits)
         return {"tokens": list(tokens), "count": len(tokens), "max_model_len": service.codec.max_model_len}
 
     @app.post("/detokenize", openapi_extra=_takes(DetokenizeAsk))
@@ -87,7 +93,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Return the text of tokens."""
         ask = await read_model(request, DetokenizeAsk, service.limits)
         service.check_model(ask.model)
-        return {"prompt": await service.codec.decode(ask.tokens)}
+        with service.turn_to_encode():
+            return {"prompt": await encoded(service.codec.decode(ask.tokens), request, service.limits)}
 
 
 def _add_operation(app: FastAPI, service: Service, history: History) -> None:
@@ -165,16 +172,18 @@ def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _describe_bodies(app: FastAPI) -> None:
-    """Add the bodies' schemas to the OpenAPI document."""
-    describe_routes = app.openapi
-
-    def describe() -> dict[str, Any]:
-        document = describe_routes()
+def _add_document(app: FastAPI) -> None:
+    @cache
+    def document() -> Response:
+        """Describe the routes, and the bodies that they read by themselves."""
+        described = app.openapi()
         _, bodies = models_json_schema(
             [(kind, "validation") for kind in _BODIES], ref_template="#/components/schemas/{model}"
         )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
-        return document
+        described.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        return JSONResponse(described)
 
-    app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        """Return what each route takes."""
+        return document()

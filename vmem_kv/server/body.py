@@ -36,7 +36,8 @@ async def read_model(request: Request, kind: type[M], limits: Limits) -> M:
         ApiError: 408, 413, 415 or 400.
         ClientGone: The connection closed before the body was complete.
     """
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # It must be there: any web page can send a body of no type, but of this one only where we told its browser so.
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, "Unsupported content type. This API method only accepts 'application/json' requests.")
     try:

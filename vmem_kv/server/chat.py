@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from vmem_kv.engine.request import Request, SequenceUpdate
-from vmem_kv.server.answering import Asked, EventStream, whole
+from vmem_kv.server.answering import Asked, EventStream, encoded, whole
 from vmem_kv.server.body import read_model
 from vmem_kv.server.logprobs import for_chat, of_text
 from vmem_kv.server.schemas import ChatAsk
@@ -27,11 +27,12 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     record: Record = http.state.record
     ask = await read_model(http, ChatAsk, service.limits)
     service.check_model(ask.model)
-    service.require_place(ask.n or 1)
+    service.check_n(ask.n or 1)
     params = ask.sampling_params()
-    tokens = await service.codec.encode_chat(ask.messages)
-    request = Request(tokens, params, domain=ask.sharing_domain(record.domain))
-    asked = Asked(service, [request], record, "messages")
+    with service.place(params.n):
+        tokens = await encoded(service.codec.encode_chat(ask.messages), http, service.limits)
+        request = Request(tokens, params, domain=ask.sharing_domain(record.domain), session_id=ask.session_id)
+        asked = Asked(service, [request], record, "messages")
     shape = _Shape(asked, ask)
     if ask.stream:
         return EventStream(asked, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from time import time
 from typing import Any
 
@@ -10,12 +10,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from vmem_kv.engine.request import Request, SequenceUpdate
-from vmem_kv.server.answering import Asked, EventStream, whole
+from vmem_kv.server.answering import Asked, EventStream, encoded, whole
 from vmem_kv.server.body import read_model
-from vmem_kv.server.errors import invalid
-from vmem_kv.server.logprobs import for_completion, of_text
+from vmem_kv.server.logprobs import TextOffsets, for_completion, of_text
 from vmem_kv.server.schemas import CompletionAsk
 from vmem_kv.server.service import Record, Service
+from vmem_kv.server.text import TextCodec
 
 
 async def complete(service: Service, http: HttpRequest) -> Response:
@@ -28,21 +28,14 @@ async def complete(service: Service, http: HttpRequest) -> Response:
     record: Record = http.state.record
     ask = await read_model(http, CompletionAsk, service.limits)
     service.check_model(ask.model)
-    prompts = ask.prompts()
-    if len(prompts) > service.limits.max_prompts:
-        text = f"array too long. Expected an array with maximum length {service.limits.max_prompts}"
-        text = f"Invalid 'prompt': {text}, but got an array with length {len(prompts)} instead."
-        raise invalid(text, "prompt", "array_above_max_length")
-    service.require_place((ask.n or 1) * len(prompts))
+    service.check_n(ask.n or 1)
     params = ask.sampling_params()
-    encoded = [await service.codec.encode(p) if isinstance(p, str) else tuple(p) for p in prompts]
     domain = ask.sharing_domain(record.domain)
-    requests = [Request(tokens, params, domain=domain) for tokens in encoded]
-    echoes = []
-    if ask.echo:
-        echoes = [p if isinstance(p, str) else await service.codec.decode(p, "prompt") for p in prompts]
-    asked = Asked(service, requests, record, "prompt")
-    shape = _Shape(asked, ask, echoes)
+    with service.place(params.n * len(ask.prompts())):
+        prompts, echoes = await encoded(_prompts(service.codec, ask), http, service.limits)
+        requests = [Request(tokens, params, domain=domain, session_id=ask.session_id) for tokens in prompts]
+        asked = Asked(service, requests, record, "prompt")
+    shape = _Shape(asked, ask, requests, echoes)
     if ask.stream:
         return EventStream(asked, shape)
     answers = await whole(asked, http.receive)
@@ -50,10 +43,19 @@ async def complete(service: Service, http: HttpRequest) -> Response:
     return JSONResponse({**shape.head, "choices": choices, "usage": asked.usage})
 
 
+async def _prompts(codec: TextCodec, ask: CompletionAsk) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Return each prompt's tokens, and the texts to begin the answers with, where they are asked for."""
+    prompts = ask.prompts()
+    tokens = [await codec.encode(p) if isinstance(p, str) else tuple(p) for p in prompts]
+    if not ask.echo:
+        return tokens, []
+    return tokens, [p if isinstance(p, str) else await codec.decode(p, "prompt") for p in prompts]
+
+
 class _Shape:
     """Writes answers as text completions. Choice `n * i + j` is the answer j to the prompt i."""
 
-    def __init__(self, asked: Asked, ask: CompletionAsk, echoes: list[str]) -> None:
+    def __init__(self, asked: Asked, ask: CompletionAsk, requests: Sequence[Request], echoes: list[str]) -> None:
         self.head = {
             "id": f"cmpl-{asked.record.request_id}",
             "object": "text_completion",
@@ -62,9 +64,11 @@ class _Shape:
         }
         self._asked = asked
         self._ask = ask
+        self._requests = requests
         self._echoes = echoes
         self._has_usage = bool(ask.stream_options and ask.stream_options.include_usage)
-        self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
+        self._offsets: dict[int, TextOffsets] = {}
 
     def choices(self, prompt_index: int, answers: dict[int, SequenceUpdate]) -> Iterable[dict[str, Any]]:
         """Write the answers to a prompt."""
@@ -85,13 +89,16 @@ class _Shape:
     def _choice(self, prompt_index: int, update: SequenceUpdate) -> dict[str, Any]:
         index = prompt_index * (self._ask.n or 1) + update.index
         text = update.text
-        if self._echoes and index not in self._offsets:
+        if self._echoes and index not in self._begun:
             text = self._echoes[prompt_index] + text
-        offset = self._offsets.setdefault(index, 0)
+        self._begun.add(index)
         logprobs = None
         if self._ask.logprobs is not None:
             codec = self._asked.service.codec
-            logprobs, self._offsets[index] = for_completion(codec, of_text(update), offset)
+            if index not in self._offsets:
+                prompt = self._requests[prompt_index].prompt_token_ids
+                self._offsets[index] = TextOffsets(codec, prompt, self._ask.skip_special_tokens)
+            logprobs = for_completion(codec, of_text(update), self._offsets[index])
         return {
             "index": index,
             "text": text,

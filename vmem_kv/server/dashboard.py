@@ -15,6 +15,7 @@ from typing import Any
 from starlette.responses import HTMLResponse, Response
 
 from vmem_kv.engine.engine import EngineStats
+from vmem_kv.engine.tier_stats import TierFigures
 from vmem_kv.server.metrics import Metrics
 from vmem_kv.server.readiness import readiness
 from vmem_kv.server.service import Service
@@ -101,13 +102,28 @@ def dashboard_data(service: Service, history: History) -> dict[str, Any]:
         "peak_pages": cache_stats.n_peak_owned_pages,
         "virtual_bytes": cache_stats.virtual_bytes,
         "mapped_bytes": cache_stats.mapped_bytes,
-        "live_bytes": cache_stats.live_bytes,
+        "live_bytes": stats.live_bytes,
+        "n_running": stats.n_running,
+        "max_running": service.engine.engine.config.max_num_seqs,
         "n_preempted": stats.n_preempted,
+        "tiers": None if stats.tiers is None else _tier_data(stats.tiers),
         "n_steps": stats.n_steps,
         "n_generated_tokens": stats.n_generated_tokens,
         "driver_calls": dict(cache_stats.driver_calls),
         "sample_s": SAMPLE_S,
         "samples": history.samples(),
+    }
+
+
+def _tier_data(tiers: TierFigures) -> dict[str, Any]:
+    return {
+        "n_sessions": tiers.n_sessions_by_tier,
+        "host_bytes": tiers.host.taken_bytes,
+        "max_host_bytes": tiers.host.max_bytes,
+        "disk_bytes": tiers.disk_bytes,
+        "max_disk_bytes": tiers.max_disk_bytes,
+        "n_parked": tiers.n_parked,
+        "n_restored": tiers.n_restored,
     }
 
 

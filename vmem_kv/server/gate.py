@@ -69,7 +69,11 @@ class Gate:
         if n_bytes > limits.max_header_bytes:
             text = f"The request's head is too large. At most {limits.max_header_bytes} bytes are accepted."
             raise ApiError(431, text, headers={"Connection": "close"})
-        self._service.hosts.check(headers.get("host", ""))
+        if "transfer-encoding" in headers and "content-length" in headers:  # which a proxy may read otherwise
+            text = "A request has either Content-Length or Transfer-Encoding."
+            raise ApiError(400, text, headers={"Connection": "close"})
+        if "host" in headers or scope["http_version"] != "1.0":  # which knows none; every browser sends one
+            self._service.hosts.check(headers.get("host", ""))
         domain = self._service.keys.domain(scope["path"], headers.getlist("authorization"))
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "Encoded request bodies are not accepted.", headers={"Connection": "close"})

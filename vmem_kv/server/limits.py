@@ -15,11 +15,10 @@ class Limits:
         max_body_bytes: Of a request's body; more is 413.
         max_header_bytes: Of a request's head, request line included; more is 431 or 400.
         max_headers: Header lines; more is 431.
-        max_prompts: Prompts in one completion request.
         max_connections: Open connections; more get 503. Fewer where the process may not open so many files.
         head_timeout_s: For a request's head to arrive.
         body_timeout_s: For a request's body to arrive.
-        send_timeout_s: How long a client may leave the send buffer full before it is cut off.
+        send_timeout_s: How long a client may leave the send buffer without emptying it before it is cut off.
         request_timeout_s: For the whole answer.
         ping_s: An idle event stream gets a comment so often, for the proxies between.
         silent_s: The engine is not ready once it has shown no life for so long: the longest step to be expected.
@@ -29,7 +28,6 @@ class Limits:
     max_body_bytes: int = 1 << 20
     max_header_bytes: int = 16 << 10
     max_headers: int = 64
-    max_prompts: int = 32
     max_connections: int = 1_000
     head_timeout_s: float = 10.0
     body_timeout_s: float = 10.0

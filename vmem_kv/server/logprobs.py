@@ -18,26 +18,40 @@ def of_text(update: SequenceUpdate) -> Sequence[TokenLogprobs]:
     return update.logprobs[:-1] if is_ended_by_token else update.logprobs
 
 
-def for_completion(codec: TextCodec, entries: Sequence[TokenLogprobs], offset: int) -> tuple[dict[str, Any], int]:
-    """Return the object of the completions endpoint, and the offset behind its last token.
+class TextOffsets:
+    """Where the tokens of an answer begin in its text: all of a character's tokens where the character does.
+
+    Args:
+        codec: The model's text.
+        prompt_token_ids: What stands before the answer.
+        skip_special_tokens: Whether they are left out of the text.
+    """
+
+    def __init__(self, codec: TextCodec, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> None:
+        self._detokenizer = codec.detokenizer(prompt_token_ids, skip_special_tokens)
+        self._n_characters = 0
+
+    def take(self, token_id: int) -> int:
+        """Return where the answer's next token begins."""
+        offset = self._n_characters
+        self._n_characters += len(self._detokenizer.add(token_id))
+        return offset
+
+
+def for_completion(codec: TextCodec, entries: Sequence[TokenLogprobs], offsets: TextOffsets) -> dict[str, Any]:
+    """Return the object of the completions endpoint.
 
     Args:
         codec: The model's text.
         entries: One a token.
-        offset: Where the first token's text begins.
+        offsets: Of the answer, whose next tokens these are.
     """
-    tokens, offsets = [], []
-    for entry in entries:
-        tokens.append(codec.token_text(entry.chosen.token_id))
-        offsets.append(offset)
-        offset += len(tokens[-1])
-    data = {
-        "tokens": tokens,
+    return {
+        "tokens": [codec.token_text(entry.chosen.token_id) for entry in entries],
         "token_logprobs": [_finite(entry.chosen.logprob) for entry in entries],
         "top_logprobs": [{codec.token_text(t.token_id): _finite(t.logprob) for t in e.top} for e in entries],
-        "text_offset": offsets,
+        "text_offset": [offsets.take(entry.chosen.token_id) for entry in entries],
     }
-    return data, offset
 
 
 def for_chat(codec: TextCodec, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:

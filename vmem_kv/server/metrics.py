@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from vmem_kv.engine.async_engine import AsyncEngine, Health
 from vmem_kv.engine.engine import EngineStats
+from vmem_kv.engine.tier_stats import TierFigures
 from vmem_kv.prefix.entry import PrefixStats
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -99,7 +100,7 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
         "pages_peak": ("The most pages that the pool ever owned.", cache.n_peak_owned_pages),
         "virtual_bytes": ("Addresses reserved.", cache.virtual_bytes),
         "mapped_bytes": ("Physical memory under the slots.", cache.mapped_bytes),
-        "live_bytes": ("What the live tokens need.", cache.live_bytes),
+        "live_bytes": ("What the tokens of running sequences need.", stats.live_bytes),
         "mappings": ("Live mappings.", cache.n_mappings),
         "mappings_max": ("The limit on mappings.", cache.max_mappings),
     }
@@ -122,6 +123,8 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
     yield pages
     if stats.prefixes is not None:
         yield from _prefix_metrics(stats.prefixes)
+    if stats.tiers is not None:
+        yield from _tier_metrics(stats.tiers)
     finished = CounterMetricFamily("vmem_kv_answers_finished", "Answers that ended, by reason.", labels=("reason",))
     for reason, n in stats.n_finished.items():
         finished.add_metric([reason], n)
@@ -132,11 +135,41 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
     yield calls
 
 
+def _tier_metrics(tiers: TierFigures) -> Iterator[Metric]:
+    held = GaugeMetricFamily("vmem_kv_tier_bytes", "Memory and disk space that kept sequences hold.", labels=("tier",))
+    bound = GaugeMetricFamily("vmem_kv_tier_bytes_max", "The bound on it.", labels=("tier",))
+    for tier, n_bytes, max_bytes in (
+        ("host", tiers.host.taken_bytes, tiers.host.max_bytes),
+        ("disk", tiers.disk_bytes, tiers.max_disk_bytes),
+    ):
+        held.add_metric([tier], n_bytes)
+        bound.add_metric([tier], max_bytes)
+    yield held
+    yield bound
+    sessions = GaugeMetricFamily("vmem_kv_sessions", "Sessions by where they are.", labels=("tier",))
+    for tier, n in tiers.n_sessions_by_tier.items():
+        sessions.add_metric([tier], n)
+    yield sessions
+    counters = {
+        "parked_sequences": ("Times that a running sequence went to host memory.", tiers.n_parked),
+        "restored_sequences": ("Times that one came back from there.", tiers.n_restored),
+        "refused_parks": ("Times that one had to be computed again, for want of room or by a fault.", tiers.n_refused),
+        "tier_out_bytes": ("Moved from the device to host memory.", tiers.host.out_bytes),
+        "tier_in_bytes": ("Moved back.", tiers.host.in_bytes),
+        "sessions_resumed": ("Sessions that a request went on with.", tiers.sessions.n_resumed),
+        "sessions_moved_down": ("Sessions that went down a tier.", tiers.sessions.n_moved_down),
+        "sessions_gone": ("Sessions that ended, by time or for want of room.", tiers.sessions.n_gone),
+        "session_tokens": ("Tokens that were not computed, because a session had them.", tiers.n_session_tokens),
+    }
+    for name, (text, value) in counters.items():
+        yield CounterMetricFamily(f"vmem_kv_{name}", text, value)
+
+
 def _prefix_metrics(prefixes: PrefixStats) -> Iterator[Metric]:
     gauges = {
         "entries": ("Sequences that others can begin with.", prefixes.n_entries),
-        "entries_in_use": ("Of them, those that run.", prefixes.n_pinned),
-        "pages": ("Pages that only cached prefixes keep.", prefixes.n_held_pages),
+        "entries_in_use": ("Of them, those that run, or are kept by name.", prefixes.n_pinned),
+        "pages": ("Pages that only cached prefixes and sessions keep.", prefixes.n_held_pages),
         "pages_max": ("The bound on these pages.", prefixes.max_pages),
     }
     for name, (text, value) in gauges.items():

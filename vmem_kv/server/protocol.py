@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1.1 protocol, with deadlines for clients that send or read too slowly.
 
 Guarantees: a connection that has not sent a whole request head in time is closed, and so is one whose reader leaves
-the send buffer full for too long. What is no HTTP, and what comes on a connection too many, gets an error in the form
-of all others.
+something in the send buffer for too long. What is no HTTP, and what comes on a connection too many, gets an error in
+the form of all others.
 """
 
 from __future__ import annotations
@@ -14,15 +14,34 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from vmem_kv.server.errors import SERVER, ApiError
+from vmem_kv.server.errors import SERVER, ApiError, invalid
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.log import note
+from vmem_kv.server.metrics import Metrics
+from vmem_kv.server.service import Record
 
-_BAD_REQUEST = b'{"error":{"message":"Invalid HTTP request.","type":"invalid_request_error","param":null,"code":null}}'
 
+def protocol_with(limits: Limits, metrics: Metrics) -> type[asyncio.Protocol]:
+    """Return the protocol with these deadlines, as uvicorn takes it: a class.
 
-def protocol_with(limits: Limits) -> type[asyncio.Protocol]:
-    """Return the protocol with these deadlines, as uvicorn takes it: a class."""
+    Args:
+        limits: The deadlines.
+        metrics: Where responses are counted of which no application knows.
+    """
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        """The application of a connection too many."""
+        headers = {"Retry-After": "1", "Connection": "close"}
+        error = ApiError(503, "Too many connections are open; try again later.", kind=SERVER, headers=headers)
+        error.headers["X-Request-Id"] = seen(error)
+        await error.response()(scope, receive, send)
+
+    def seen(error: ApiError) -> str:
+        """Count a refusal and write its line; return its id."""
+        record = Record()
+        metrics.responses.labels("other", str(error.status)).inc()
+        note("request", request_id=record.request_id, method="other", route="other", status=error.status)
+        return record.request_id
 
     class Protocol(H11Protocol):
         """One connection."""
@@ -32,8 +51,11 @@ def protocol_with(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # Whatever is left unread starts the timer. Below asyncio's own mark of 64 KiB nobody would be told of it,
+            # and a connection that is to be closed would wait for its reader for ever.
+            transport.set_write_buffer_limits(high=0)
             if len(self.connections) > limits.max_connections:
-                self.app = _refuse
+                self.app = refuse
             self._head_timer = self.loop.call_later(limits.head_timeout_s, self._cut, "head_timeout")
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -59,32 +81,26 @@ def protocol_with(limits: Limits) -> type[asyncio.Protocol]:
             super().resume_writing()
 
         def send_400_response(self, msg: str) -> None:
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(_BAD_REQUEST)).encode()),
-                (b"connection", b"close"),
-            ]
+            error = invalid("Invalid HTTP request.", None, None)
+            error.headers |= {"X-Request-Id": seen(error), "Connection": "close"}
+            response = error.response()
             events: tuple[Any, ...] = (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=_BAD_REQUEST),
+                h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(response.body)),
                 h11.EndOfMessage(),
             )
             for event in events:
                 self.transport.write(self.conn.send(event))
             self.transport.close()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            """Say nothing. uvicorn advises to install a WebSocket library, of which we have no use."""
+
         def _cut(self, cause: str) -> None:
             note("connection cut", cause=cause)
             self.transport.abort()
 
     return Protocol
-
-
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    """The application of a connection too many."""
-    headers = {"Retry-After": "1", "Connection": "close"}
-    error = ApiError(503, "Too many connections are open; try again later.", kind=SERVER, headers=headers)
-    await error.response()(scope, receive, send)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

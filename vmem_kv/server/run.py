@@ -1,7 +1,7 @@
 """A server's life: bind, serve, drain, end.
 
     SIGTERM or SIGINT     nothing new is taken on; unfinished answers have `grace_s`; then they are ended
-    a second one          everything is ended at once
+    a second one          everything is ended at once, and the process with it
     the engine dies       everyone is answered, and the exit code is 1
 
 Assumes: the main thread, because signals are handled.
@@ -16,8 +16,10 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NoReturn
 
 import uvicorn
 
@@ -84,6 +86,19 @@ def affordable_connections(at_most: int) -> int:
     return max(1, min(at_most, soft - n_open - _SPARE_DESCRIPTORS))
 
 
+def leave_at_once(code: int) -> NoReturn:
+    """End the process, after a second signal.
+
+    Everyone has an answer by then, and nothing of ours would outlive the process: the kernel takes memory, sockets and
+    files without names back. What is left out is the interpreter's own teardown, which takes seconds with torch.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+            stream.flush()
+    os._exit(code)
+
+
 class Server:
     """Serves a model on a socket until it is told to end.
 
@@ -100,7 +115,7 @@ class Server:
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 build_app(service, self._history),
-                http=protocol_with(limits),
+                http=protocol_with(limits, service.metrics),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -119,6 +134,11 @@ class Server:
         """Drain and end; called again: end at once. In the server's event loop."""
         self._n_signals += 1
         note("asked to end", at_once=self._n_signals > 1)
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether it was told to end at once."""
+        return self._n_signals > 1
 
     async def run(self, on_started: Callable[[], None] = lambda: None) -> int:
         """Serve; return the exit code: 0, or 1 where the engine died.

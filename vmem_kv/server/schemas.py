@@ -1,28 +1,42 @@
 """What clients may send, field by field. Types are strict, bounds are stated, and anything else is refused.
 
-Guarantees: whatever passes is bounded in every dimension, before a token of it is computed.
+Guarantees: whatever passes is bounded in every dimension, before a token of it is computed. What is wrong costs no more
+than what is right: a list ends at its first wrong item, and of a body's unknown names the first one counts.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
+from vmem_kv.engine.request import MAX_SESSION_CHARACTERS
 from vmem_kv.engine.sampling_params import (
     MAX_BIASES,
     MAX_LOGPROBS,
-    MAX_N,
     MAX_STOP_CHARACTERS,
     MAX_STOP_TOKENS,
     SamplingParams,
 )
 from vmem_kv.server.errors import UNSUPPORTED, invalid
 
+T = TypeVar("T")
 INT64_MAX = 2**63 - 1
 MAX_COMPLETION_LOGPROBS = 5
 MAX_MESSAGES = 2_048
+MAX_METADATA = 16
 MAX_NAME = 256
+MAX_PROMPTS = 32
 MAX_STOP_TEXTS = 4
 
 
@@ -42,19 +56,30 @@ def _string_or_array(value: object) -> str:
     return "<string>" if isinstance(value, str) else "<array>" if isinstance(value, list) else "<other>"
 
 
+def _not_too_many(value: object) -> object:
+    """Refuse a large object before its members are looked at."""
+    if isinstance(value, dict) and len(value) > MAX_METADATA:
+        raise invalid(f"Invalid 'metadata': at most {MAX_METADATA} keys are accepted.", "metadata")
+    return value
+
+
+Listed = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is read up to its first wrong item, and no further than its `max_length`."""
+
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field()]
-Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Tokens = Annotated[Listed[TokenId], Field(min_length=1)]
 Prompt = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[list[Text], Field(min_length=1), Tag("<array of strings>")]
+    | Annotated[Listed[Text], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<array of strings>")]
     | Annotated[Tokens, Tag("<array of tokens>")]
-    | Annotated[list[Tokens], Tag("<array of token arrays>")],
+    | Annotated[Listed[Tokens], Field(max_length=MAX_PROMPTS), Tag("<array of token arrays>")],
     Discriminator(_kind),
 ]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
-    Annotated[StopText, Tag("<string>")] | Annotated[list[StopText], Field(max_length=MAX_STOP_TEXTS), Tag("<array>")],
+    Annotated[StopText, Tag("<string>")]
+    | Annotated[Listed[StopText], Field(max_length=MAX_STOP_TEXTS), Tag("<array>")],
     Discriminator(_string_or_array),
 ]
 
@@ -64,11 +89,13 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out_nulls(cls, data: object) -> object:
-        """Drop what others offer and this client did not ask for: null says so."""
+    def _leave_out(cls, data: object) -> object:
+        """Drop what others offer and this client did not ask for: null says so. Keep one unknown name, to refuse it."""
         if not isinstance(data, dict):
             return data
-        return {k: v for k, v in data.items() if v is not None or (k not in UNSUPPORTED or k in cls.model_fields)}
+        known = {k: v for k, v in data.items() if k in cls.model_fields}
+        unknown = ((k, v) for k, v in data.items() if k not in known and (v is not None or k not in UNSUPPORTED))
+        return known | dict(islice(unknown, 1))
 
 
 class StreamOptions(_Strict):
@@ -81,7 +108,7 @@ class Asking(_Strict):
     """What both endpoints take."""
 
     model: Annotated[str, Field(max_length=MAX_NAME)]
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    n: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None  # how many are too many is the engine's to say
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
@@ -92,7 +119,7 @@ class Asking(_Strict):
     logit_bias: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=INT64_MAX)] | None = None
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[Listed[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -100,10 +127,12 @@ class Asking(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+    session_id: Annotated[str, Field(min_length=1, max_length=MAX_SESSION_CHARACTERS)] | None = None
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     metadata: Annotated[
-        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-    ] | None = None  # fmt: skip
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
+        BeforeValidator(_not_too_many),
+    ] = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -141,7 +170,7 @@ class Asking(_Strict):
         raise NotImplementedError
 
     def sharing_domain(self, domain: str) -> str:
-        """Return within whom cached prefixes are shared: one client's requests of the same salt.
+        """Return within whom cached prefixes and sessions are found: one client's requests of the same salt.
 
         Args:
             domain: Whose request it is. Ours, and without NUL: so that no salt makes one domain look like another.
@@ -189,6 +218,9 @@ class CompletionAsk(Asking):
     def _check_completion(self) -> CompletionAsk:
         if self.best_of is not None and (isinstance(self.best_of, bool) or self.best_of != (self.n or 1)):
             raise invalid("Invalid 'best_of': only the value of 'n' is supported.", "best_of")
+        if self.session_id is not None and len(self.prompts()) > 1:
+            text = f"Invalid 'session_id': a session goes on with one prompt, and {len(self.prompts())} were given."
+            raise invalid(text, "session_id")
         if self.echo and self.logprobs is not None:
             text = (
                 "Unsupported value: 'echo' cannot be combined with 'logprobs': log probabilities are given of answers, "
@@ -223,7 +255,7 @@ class TextPart(_Strict):
 
 Content = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES), Tag("<array>")],
+    | Annotated[Listed[TextPart], Field(min_length=1, max_length=MAX_MESSAGES), Tag("<array>")],
     Discriminator(_string_or_array),
 ]
 
@@ -251,7 +283,7 @@ class Message(_Strict):
 class ChatAsk(Asking):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[Listed[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool | None = None
@@ -259,6 +291,13 @@ class ChatAsk(Asking):
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
+    # What clients send by default, and what means here what is done anyway.
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=MAX_NAME)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatAsk:
@@ -295,7 +334,7 @@ class TokenizeAsk(_Strict):
 
     model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[Listed[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -310,4 +349,4 @@ class DetokenizeAsk(_Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
-    tokens: list[TokenId]
+    tokens: Listed[TokenId]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic, time
 
 from vmem_kv.engine.async_engine import AnswerStream, AsyncEngine
 from vmem_kv.engine.request import new_request_id
-from vmem_kv.errors import VmemError
+from vmem_kv.errors import QueueFull, VmemError
 from vmem_kv.server.auth import Hosts, Keys
-from vmem_kv.server.errors import ApiError, from_engine
+from vmem_kv.server.errors import ApiError, from_engine, invalid
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.metrics import Metrics
 from vmem_kv.server.text import TextCodec
@@ -39,6 +41,22 @@ class Record:
     ended_early: str = ""
 
 
+@dataclass(slots=True)
+class Coming:
+    """Answers whose prompts are on their way to tokens. The engine knows nothing of them yet."""
+
+    n_answers: int = 0
+
+    @contextmanager
+    def counted(self, n_answers: int) -> Iterator[None]:
+        """Count so many more as long as the context lasts."""
+        self.n_answers += n_answers
+        try:
+            yield
+        finally:
+            self.n_answers -= n_answers
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """A served model.
@@ -52,6 +70,7 @@ class Service:
         hosts: By which names.
         metrics: What is counted.
         streams: Those that are being read.
+        coming: What will be submitted soon.
         created_s: When it began to serve, as OpenAI's models have it.
     """
 
@@ -63,18 +82,46 @@ class Service:
     hosts: Hosts
     metrics: Metrics
     streams: set[AnswerStream] = field(default_factory=set)
+    coming: Coming = field(default_factory=Coming)
     created_s: int = field(default_factory=lambda: int(time()))
 
-    def require_place(self, n_answers: int) -> None:
-        """Check that so many answers would be taken on, before any work is done for them.
+    @contextmanager
+    def place(self, n_answers: int) -> Iterator[None]:
+        """Keep places for answers as long as the context lasts: while their prompts are encoded, to their submission.
 
         Raises:
-            ApiError: 429, 503, or 400 where so many never would.
+            ApiError: 429, 503, or 400 where the engine never takes on so many. No work was done for them.
         """
         try:
-            self.engine.require_place(n_answers)
+            self.engine.require_place(n_answers, self.coming.n_answers)
         except VmemError as error:
             raise from_engine(error, "n") from error
+        with self.coming.counted(n_answers):
+            yield
+
+    @contextmanager
+    def turn_to_encode(self) -> Iterator[None]:
+        """Count what is encoded for its own sake beside what is encoded for the engine; not more than that takes on.
+
+        Raises:
+            ApiError: 429.
+        """
+        config = self.engine.engine.config
+        if self.coming.n_answers >= config.max_queued + config.max_num_seqs:
+            raise from_engine(QueueFull("too many requests wait already; try again later"), "n")
+        with self.coming.counted(1):
+            yield
+
+    def check_n(self, n: int) -> None:
+        """Check that so many answers to one prompt are given here.
+
+        Raises:
+            ApiError: 400.
+        """
+        max_n = self.engine.engine.config.max_n
+        if n > max_n:
+            text = f"integer above maximum value. Expected a value <= {max_n}, but got {n} instead."
+            raise invalid(f"Invalid 'n': {text}", "n", "integer_above_max_value")
 
     def check_model(self, name: str | None) -> None:
         """Check that a client means this model. None means: whichever there is.

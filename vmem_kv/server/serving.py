@@ -19,7 +19,7 @@ from vmem_kv.server.auth import Hosts, Keys
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.log import check_level, log_config, note
 from vmem_kv.server.metrics import Metrics
-from vmem_kv.server.run import Server
+from vmem_kv.server.run import Server, leave_at_once
 from vmem_kv.server.service import Service
 from vmem_kv.server.text import TextCodec
 
@@ -37,7 +37,7 @@ def serve_model(
     log_level: str = "info",
     on_started: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serve a model in the main thread; return the process's exit code.
+    """Serve a model in the main thread; return the process's exit code. A second signal ends the process itself.
 
     Args:
         model: What to serve.
@@ -72,4 +72,8 @@ def serve_model(
         has_keys=bool(keys),
     )
     engine.start()
-    return asyncio.run(Server(service, listener).run(on_started))
+    server = Server(service, listener)
+    code = asyncio.run(server.run(on_started))
+    if server.is_hurried:
+        leave_at_once(code)
+    return code

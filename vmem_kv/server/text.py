@@ -1,8 +1,8 @@
 """From text to tokens, in a thread of its own, such that neither the event loop nor the engine waits for it.
 
 Guarantees: text is never longer here than what could fit the model. What users write in a conversation cannot forge a
-turn: a special token's text in a message is encoded as the characters that it is. Templates come from the model's
-folder only, and run in transformers' sandbox.
+turn (`engine.conversation`). Templates come from the model's folder only, and run in transformers' sandbox. Work whose
+caller is cancelled before it began is not done.
 Assumes: encoding happens in the one thread below only, because a tokenizer's settings change while it encodes.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -18,6 +17,8 @@ from typing import TypeVar
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from vmem_kv.engine.conversation import ChatWriter
+from vmem_kv.engine.detokenizer import Detokenizer
 from vmem_kv.server.errors import ApiError, invalid
 from vmem_kv.server.schemas import Message
 
@@ -53,8 +54,10 @@ class TextCodec:
         self.max_model_len = max_model_len
         self._max_characters = max_model_len * MAX_CHARACTERS_PER_TOKEN
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vmem_kv-text")
-        specials = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self._writer = ChatWriter(tokenizer)
+        # How a token is written can depend on the one before it: at a text's beginning, some write no space.
+        self._context: list[int] = list(tokenizer("a", add_special_tokens=False).input_ids)
+        self._context_text = str(tokenizer.decode(self._context))
 
     def close(self) -> None:
         """End the thread. Idempotent."""
@@ -67,7 +70,7 @@ class TextCodec:
             ApiError: The text is too long.
         """
         self._check_length(len(text), "prompt")
-        return await self._do("prompt", lambda: self._encode(text, add_special_tokens, split=False))
+        return await self._do("prompt", lambda: self._encode(text, add_special_tokens))
 
     async def encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Return the tokens of a conversation, written as the model's template says, up to where its answer begins.
@@ -75,7 +78,7 @@ class TextCodec:
         Raises:
             ApiError: It is too long, there is no template, or the template refuses it.
         """
-        self._check_length(sum(len(m.text) for m in messages), "messages")
+        self._check_length(sum(len(m.text) + len(m.name or "") for m in messages), "messages")
         if not self._tokenizer.chat_template:
             text = "This model has no chat template; use /v1/completions."
             raise invalid(text, "model", "unsupported_value")
@@ -93,8 +96,15 @@ class TextCodec:
         return await self._do(param, lambda: str(self._tokenizer.decode(list(token_ids))))
 
     def token_text(self, token_id: int) -> str:
-        """Return what one token says, alone; part of a character is U+FFFD."""
+        """Return what one token adds to a text, spaces included; part of a character is U+FFFD."""
+        text = str(self._tokenizer.decode([*self._context, token_id]))
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
         return str(self._tokenizer.decode([token_id]))
+
+    def detokenizer(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
+        """Return what makes an answer's text of its tokens, as the engine does."""
+        return Detokenizer(self._tokenizer, prompt_token_ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """Return what one token adds to the text, also where it is part of a character; None where nobody knows."""
@@ -107,32 +117,27 @@ class TextCodec:
         values = [_BYTE_OF_LETTER.get(letter) for letter in written]
         return None if None in values else bytes(value for value in values if value is not None)
 
-    def _encode(self, text: str, add_special_tokens: bool, split: bool) -> tuple[int, ...]:
-        encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=split)
-        return tuple(encoded.input_ids)
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
     def _encode_chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        nonce = secrets.token_hex(8)
-        hidden: list[str] = []
-
-        def hide(match: re.Match[str]) -> str:
-            hidden.append(match[0])
-            return f"{nonce}{len(hidden) - 1}{nonce}"
-
         turns = [
             {
                 "role": "system" if m.role == "developer" else m.role,
-                "content": self._special.sub(hide, m.text),
+                "content": m.text,
                 **({} if m.name is None else {"name": m.name}),
             }
             for m in messages
         ]
-        text = str(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
         token_ids: list[int] = []
-        for i, part in enumerate(text.split(nonce)):
-            piece, is_hidden = (hidden[int(part)], True) if i % 2 else (part, False)
-            if piece:
-                token_ids += self._encode(piece, False, is_hidden)
+        for piece in self._writer.pieces(turns):
+            token_ids += self._encode(piece, False) if isinstance(piece, str) else piece
+            if len(token_ids) > self.max_model_len:  # which many short pieces are seen to be long before their end
+                raise invalid(
+                    f"This model's maximum context length is {self.max_model_len} tokens, and the messages have more.",
+                    "messages",
+                    "context_length_exceeded",
+                )
         return tuple(token_ids)
 
     def _check_length(self, n_characters: int, param: str) -> None:
