@@ -139,6 +139,8 @@ class Traffic:
                     break
                 body = {"model": self._model, "prompt": [5] * n_tokens, "max_tokens": 1, "cache_salt": str(n_tokens)}
                 response = await client.post("/v1/completions", json=body)
+                if response.status_code == 400:
+                    break  # longer than what the pool holds
                 response.raise_for_status()
 
     async def run(self, seconds: float, n_clients: int) -> None:

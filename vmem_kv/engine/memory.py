@@ -155,6 +155,8 @@ class SlotMemory:
         try:
             return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
         except OutOfSlots:
+            if self._retiring:
+                self.retire([])
             self.settle()
             return self.cache.acquire(expected_tokens=expected_tokens, domain=domain)
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from vmem_kv.engine.memory import SlotMemory
 from vmem_kv.engine.request import Rank, Sequence
 from vmem_kv.engine.slot_source import SlotSource
-from vmem_kv.errors import DriverError
+from vmem_kv.errors import DriverError, OutOfSlots, VmemError
 from vmem_kv.growth import SlotId
 
 HEADROOM_TOKENS = 32
@@ -125,7 +125,7 @@ class Scheduler:
         self._waiting = _Waiting()
         self._running: dict[Rank, Sequence] = {}
         self.counts = Counts()
-        self.failed: list[tuple[Sequence, DriverError]] = []
+        self.failed: list[tuple[Sequence, VmemError]] = []
         """Sequences that no slot could be prepared for, because the driver failed. The engine answers them."""
 
     @property
@@ -287,6 +287,12 @@ class Scheduler:
             self._waiting.members.discard(sequence)
             try:
                 self._start(sequence, n_promised)
+            except OutOfSlots as error:  # slots are left over that the driver did not let go of
+                if self._running:  # one of which will give its own
+                    self._waiting.push(sequence)
+                    break
+                self.failed.append((sequence, error))
+                continue
             except DriverError as error:
                 if error.is_fatal:
                     raise
