@@ -1,6 +1,6 @@
 """What cached prefixes are worth: time to first token, hit against miss, and throughput on prompts that begin alike.
 
-    python -m benchmarks.prefix [--quick] [--peers continuous] [--json FILE]
+    python -m benchmarks.prefix [--quick] [--peers continuous] [--vllm-python FILE] [--json FILE]
 
 Time to first token, of this engine, one request at a time, in rounds. Each round has a new shared prompt:
 
@@ -10,7 +10,8 @@ Time to first token, of this engine, one request at a time, in rounds. Each roun
 
 Throughput: requests that begin alike and end differently, all at once, answered by this engine, by the same engine
 without prefix caching and, with --peers, by transformers' continuous batching (benchmarks/serving_systems.py), one
-after another in turns. All give equally many tokens; answers must be equal with and without sharing.
+after another in turns; and by vLLM's CPU build with its prefix caching, in a process of its own, the rounds one after
+another when the others are done. All give equally many tokens; answers must be equal with and without sharing.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.records import Spread, Target, describe_run, print_targets, warn_if_busy, write_json
+from benchmarks.serving import visit
 from benchmarks.serving_log import Log
 from benchmarks.serving_systems import PAGE_TOKENS, Setting, open_system
+from benchmarks.serving_visit import to_job
 from benchmarks.serving_workload import Ask, Workload
 from benchmarks.systems import TINY, load_model
 from vmem_kv import models
@@ -86,8 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console()
     warn_if_busy(console)
     described = describe_run()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads is None:
+        options.threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
     first = measure_first_token(options)
     served = measure_throughput(options)
     targets = [
@@ -126,6 +130,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--requests", type=int, metavar="N", help=f"of the throughput's workload; {FULL['requests']}")
     add("--outputs", type=int, default=16, metavar="N", help="tokens of each of its answers; 16")
     add("--peers", nargs="*", default=[], choices=("continuous",), help="who else serves it")
+    add("--vllm-python", type=Path, metavar="FILE", help="an interpreter that has vLLM's CPU build: it serves, too")
+    add("--timeout", type=float, default=1800.0, metavar="S", help="of vLLM's visit")
     add("--threads", type=int, metavar="N")
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
@@ -135,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, value)
     if min(options.tokens, options.own, options.rounds, options.requests, options.outputs) < 1:
         parser.error("--tokens, --own, --rounds, --requests and --outputs must be at least 1")
-    if options.peers and options.model == TINY:
+    if (options.peers or options.vllm_python) and options.model == TINY:
         parser.error("peers load a model from a folder; the tiny one is in none")
     return options
 
@@ -195,32 +201,31 @@ def measure_throughput(options: argparse.Namespace) -> list[Served]:
             for name, is_shared in ((SHARED, True), (ALONE, False))
         }
         servers: dict[str, Server] = {name: partial(serve, engine) for name, engine in engines.items()}
-        if options.peers:
-            token_bytes = engines[SHARED].snapshot().token_bytes
-            n_tokens = options.tokens + options.own + options.outputs + PAGE_TOKENS
-            setting = Setting(
-                models.resolve(options.model),
-                "float32",
-                torch.get_num_threads(),
-                token_bytes=token_bytes,
-                kv_bytes=options.requests * n_tokens * token_bytes,
-            )
-            for peer in options.peers:
-                system, _ = stack.enter_context(open_system(peer, setting))
-                servers[peer] = partial(serve_by_peer, system)
+        setting = _setting(options, engines[SHARED].snapshot().token_bytes)
+        for peer in options.peers:
+            system, _ = stack.enter_context(open_system(peer, setting))
+            servers[peer] = partial(serve_by_peer, system)
         vocabulary = engines[SHARED].vocabulary
+        warm_up = workload_of(rng, vocabulary, 2, 32, options.own, 2)
         for server in servers.values():
-            server(workload_of(rng, vocabulary, 2, 32, options.own, 2))
+            server(warm_up)
         n_before = {name: engine.snapshot().n_prompt_tokens for name, engine in engines.items()}
         seconds: dict[str, list[float]] = {name: [] for name in servers}
         answers: dict[str, list[list[tuple[int, ...]]]] = {name: [] for name in servers}
-        for _ in range(options.rounds):
-            workload = workload_of(rng, vocabulary, options.requests, options.tokens, options.own, options.outputs)
+        workloads = [
+            workload_of(rng, vocabulary, options.requests, options.tokens, options.own, options.outputs)
+            for _ in range(options.rounds)
+        ]
+        for workload in workloads:
             for name, server in servers.items():
                 began = time.perf_counter()
                 answers[name].append(server(workload))
                 seconds[name].append(time.perf_counter() - began)
         n_computed = {name: engine.snapshot().n_prompt_tokens - n_before[name] for name, engine in engines.items()}
+    if options.vllm_python:
+        job = to_job("vllm", setting, warm_up, workloads)
+        visits = visit(options.vllm_python, job, options)
+        seconds["vllm"], answers["vllm"] = [v["wall_s"] for v in visits], []
     n_generated = options.requests * options.outputs
     return [
         Served(
@@ -231,8 +236,22 @@ def measure_throughput(options: argparse.Namespace) -> list[Served]:
             n_computed.get(name),
             answers[name] == answers[ALONE],
         )
-        for name in servers
+        for name in seconds
     ]
+
+
+def _setting(options: argparse.Namespace, token_bytes: int) -> Setting:
+    """What peers are opened with: the model as a folder, and memory for all requests as if nothing were shared."""
+    n_tokens = options.tokens + options.own + options.outputs + PAGE_TOKENS
+    folder = TINY if options.model == TINY else models.resolve(options.model)
+    return Setting(
+        folder,
+        "float32",
+        options.threads,
+        token_bytes=token_bytes,
+        kv_bytes=options.requests * n_tokens * token_bytes,
+        vllm_options=(("enable_prefix_caching", True),),
+    )
 
 
 def workload_of(rng: random.Random, vocabulary: int, n: int, n_shared: int, n_own: int, n_output: int) -> Workload:
