@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +21,7 @@ from vmem_kv.testing.operations import MAX_TOKENS, Fault, Found, odd_layout, ran
 from vmem_kv.testing.shadow import ShadowTags, words_of
 from vmem_kv.testing.shrink import shrink_run
 from vmem_kv.testing.tier_operations import STAY_S, TieredRun
-from vmem_kv.tiers.copies import HostCopy
+from vmem_kv.tiers.copies import HostCopy, end_of
 from vmem_kv.tiers.host import HostTier, Parking, Restoring
 from vmem_kv.tiers.memory import FramePool, PinnedMemory
 from vmem_kv.tiers.moving import Move, Transfer
@@ -110,6 +110,11 @@ def leaves_the_length_of_a_failed_restore(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Restoring, "_give_up", Restoring._settle_if_quiet)
 
 
+def writes_over_what_is_to_go(patch: pytest.MonkeyPatch) -> None:
+    """A park that writes where rows are that the copy has to keep if it fails."""
+    patch.setattr(HostTier, "_free_from", lambda tier, copy, extents: end_of(extents, copy.layout))
+
+
 def moves_everything_again(patch: pytest.MonkeyPatch) -> None:
     """A park that is right and slow: what the copy holds already is moved as well."""
     patch.setattr("vmem_kv.tiers.host.n_common", lambda one, other: 0)
@@ -131,6 +136,7 @@ MISTAKES = [
     drops_what_nobody_else_has,
     uses_frames_of_a_copy_that_stays,
     leaves_the_length_of_a_failed_restore,
+    writes_over_what_is_to_go,
     moves_everything_again,
     lets_sessions_stay,
     reads_another_session_from_disk,
@@ -142,6 +148,28 @@ def test_random_operations_find_a_mistake_of_the_tiers(mistake: Mistake, monkeyp
     mistake(monkeypatch)
     with pytest.raises(Found):
         random_run(1, 30_000, open_driver("native"), run_type=TieredRun)
+
+
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_a_park_that_fails_is_held_to_every_byte_of_the_copy(is_planted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_planted:
+        writes_over_what_is_to_go(monkeypatch)
+    run = TieredRun(open_driver("native"), "per_layer")
+    slot = run.acquire(MAX_TOKENS, "a")
+    assert slot is not None
+    for n_kept, n_tokens in ((0, 20), (20, 32)):
+        run.truncate(slot, n_kept)
+        run.ensure({slot: n_tokens})
+        run.copy_out(slot, 0)
+    run.retire(slot, None)
+    fork = run.acquire(MAX_TOKENS, "a")  # goes another way behind 20 tokens
+    assert fork is not None
+    run.restore(0, fork, 0, 20)
+    run.ensure({fork: 34})
+    with pytest.raises(AssertionError, match="has changed copy 0") if is_planted else nullcontext():
+        run.copy_out(fork, 0, (False, 5))  # behind a pin, a fence and two copies
+    if not is_planted:
+        run.finish()
 
 
 def test_a_finding_in_the_tiers_is_a_program_and_can_be_shortened(monkeypatch: pytest.MonkeyPatch) -> None:

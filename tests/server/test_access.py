@@ -23,6 +23,7 @@ ROUTES = [
     *(("POST", path) for path in (*PATHS.values(), "/tokenize", "/detokenize")),
     *(("GET", path) for path in ("/v1/models", "/v1/models/x", "/metrics", "/openapi.json", "/dashboard")),
     *(("GET", path) for path in ("/dashboard/data", "/nowhere", "/docs", "/")),
+    ("DELETE", "/v1/sessions/x"),
 ]
 
 
@@ -35,7 +36,8 @@ def locked(tiny_model_folder: Path) -> Iterator[Running]:
 def test_these_are_all_routes(locked: Running) -> None:
     document = locked.client.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()
     known = {path for _, path in ROUTES} | {"/health", "/ready"}
-    assert {path.replace("{name}", "x") for path in document["paths"]} <= known
+    found = {path.replace("{name}", "x").replace("{session_id}", "x") for path in document["paths"]}
+    assert found <= known
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

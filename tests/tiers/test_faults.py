@@ -26,7 +26,7 @@ from vmem_kv.testing import (
     natural_error,
     no_faults,
 )
-from vmem_kv.tiers.copies import HostCopy
+from vmem_kv.tiers.copies import HostCopy, end_of
 from vmem_kv.tiers.disk import DiskTier
 from vmem_kv.tiers.host import HostTier, Parking, Restoring
 from vmem_kv.tiers.sessions import Level, Sessions, Stay
@@ -152,6 +152,9 @@ class Life:
         self.park(other)
         self.restore(one)
         self.append(one, 30, list(range(100, 111)))
+        self.park(one)
+        self.restore(one)
+        self.append(one, 30, list(range(200, 214)))  # all that was added goes, and something else comes in its place
         self.park(one)
         self.restore(one)
         self.append(one, 33, [7, 8, 9])
@@ -307,6 +310,11 @@ def commits_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Parking, "_give_up", Parking._commit)
 
 
+def writes_over_what_is_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A park that writes where rows are that the copy has to keep if it fails."""
+    monkeypatch.setattr(HostTier, "_free_from", lambda tier, copy, extents: end_of(extents, copy.layout))
+
+
 def forgets_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """A session that is counted as moved before it has."""
     move = Sessions._to_host
@@ -332,7 +340,10 @@ def test_the_sweep_of_sessions_finds_a_planted_mistake(
         sweep("native", "group:2", "once", KeptLife, SESSION_PLANS)
 
 
-@pytest.mark.parametrize("mistake", [loses_the_slot, keeps_half_a_restore, leaks_frames, commits_first])
+@pytest.mark.parametrize(
+    "mistake",
+    [loses_the_slot, keeps_half_a_restore, leaks_frames, commits_first, writes_over_what_is_to_go],
+)
 def test_the_sweep_finds_a_planted_mistake(
     mistake: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

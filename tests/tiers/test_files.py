@@ -8,6 +8,7 @@ import json
 import os
 import random
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,8 +196,8 @@ def test_what_is_well_formed_but_not_ours_is_refused(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert bench.frames.n_taken == 0
 
-    refuse(data, "'tiny@1' in float16; wanted are rows of 'tiny@2'", identity=ModelIdentity("tiny@2", "float16"))
-    refuse(data, "wanted are rows of 'tiny@1' in bfloat16", identity=ModelIdentity("tiny@1", "bfloat16"))
+    refuse(data, "'tiny@1' in 'float16'; wanted are rows of 'tiny@2'", identity=ModelIdentity("tiny@2", "float16"))
+    refuse(data, "wanted are rows of 'tiny@1' in 'bfloat16'", identity=ModelIdentity("tiny@1", "bfloat16"))
     refuse(data, "30 tokens; a slot of this cache holds 29", make_layout(max_tokens=29))
     other = Layout.build("per_layer", [LayerSpec.uniform(1, 8, 2)], n_slots=1, max_tokens=48, page_bytes=PAGE)
     refuse(data, "2 layers are not those", other)
@@ -224,11 +225,16 @@ def test_what_is_well_formed_but_not_ours_is_refused(tmp_path: Path) -> None:
     with_header("makes no sense", layers={})
     with_header("makes no sense", sums=[-1])
     with_header("makes no sense", more=1)
-    with_header("big-endian", byte_order="big")
+    with_header("byte order is 'big'", byte_order="big")
     with_header("has 0 tokens", n_tokens=0)
     with_header("tokens take", n_tokens=29)
     with_header("unknown layout", kind="per_token")
     with_header("unknown layout", kind="group:0")
+    with_header("too long", kind="group:" + "9" * 5000)
+    n_digits = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(1000)
+    with_header("1000 digits", kind="group:" + "9" * 2000)
+    sys.set_int_max_str_digits(n_digits)
     with_header("checksums for", kind="token_major")
     with_header("checksums for", sums=[])
     with_header("token ids were altered", tokens_digest="")
@@ -257,11 +263,30 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_beyond_the_budget_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     one, two = TierBench(backend="native"), TierBench(backend="native", n_frames=4)
     saved(one, tmp_path / "session", 30)
-    with pytest.raises(OutOfHostMemory):
+    with pytest.raises(FileRefused, match="of which there are 4 in all"):
         load(tmp_path / "session", two.host, two.layout, IDENTITY)
     assert two.frames.n_taken == 0
-    one.end()
-    two.end()
+    three = TierBench(backend="native", n_frames=16)
+    parked(three, TOKENS[:30])
+    with pytest.raises(OutOfHostMemory):  # only now
+        load(tmp_path / "session", three.host, three.layout, IDENTITY)
+    for bench in (one, two, three):
+        bench.end()
+
+
+@pytest.mark.parametrize("name", ["model", "dtype", "byte_order", "kind", "tokens_digest"])
+@pytest.mark.parametrize("text", ["a\n\x1b[31m INFO forged \ud800", "x" * 4000, "\x00" * 100_000])
+def test_what_a_file_says_goes_into_a_message_escaped_and_cut(tmp_path: Path, name: str, text: str) -> None:
+    bench, path = TierBench(backend="native"), tmp_path / "session"
+    data = saved(bench, path, 30)
+    path.write_bytes(signed(data, lambda header: header.update({name: text})))
+    with pytest.raises(FileRefused) as caught:
+        load(path, bench.host, bench.layout, IDENTITY)
+    said = str(caught.value).removeprefix(str(path))
+    assert said.isprintable()
+    assert said.isascii()
+    assert len(said) < 1000
+    bench.end()
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("", "float16"), ("m", ""), ("m" * 5000, "float16"), (7, "float16")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from array import array
 
@@ -9,7 +10,7 @@ import pytest
 
 from vmem_kv.errors import DriverError, OutOfHostMemory, OutOfPages, UsageError
 from vmem_kv.layout import LAYOUT_KINDS
-from vmem_kv.testing import ManualFence, driver_error, fail_kind
+from vmem_kv.testing import ManualFence, driver_error, fail_kind, interruption, no_faults
 from vmem_kv.testing.emulator import load_emulator
 from vmem_kv.tiers import host as host_module
 from vmem_kv.tiers.copies import n_common
@@ -111,6 +112,60 @@ def test_a_shortened_sequence_moves_nothing(open_tiers: OpenTiers) -> None:
     assert bench.n_bytes_out == before
     bench.host.restore(copy, bench.cache, slot)
     assert bench.holds(slot, TOKENS[:33])
+
+
+@pytest.mark.parametrize("ending", ["fails", "is interrupted", "is cancelled"])
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_a_park_that_replaces_what_was_added_leaves_it_alone_until_it_succeeds(
+    open_tiers: OpenTiers, kind: str, ending: str
+) -> None:
+    bench = open_tiers(kind)
+    slot, copy = bench.begin(TOKENS[:20]), bench.host.new_copy(bench.layout)
+    bench.host.copy_out(copy, bench.cache, slot, TOKENS[:20])
+    old = bench.append(slot, TOKENS[:20], range(500, 512))
+    bench.host.copy_out(copy, bench.cache, slot, old)
+    bench.cache.truncate(slot, 20)
+    new = bench.append(slot, TOKENS[:20], range(900, 914))
+    n_points = 0
+    for n in range(1, 100):
+        parking = None
+        bench.faulty.begin_count()
+        if ending != "is cancelled":
+            error = driver_error() if ending == "fails" else interruption
+            bench.faulty.plan = fail_kind("copy_to_host", n, error)
+        try:
+            parking = bench.host.begin_copy(copy, bench.cache, slot, new)
+        except (DriverError, KeyboardInterrupt):
+            n_points += 1
+        bench.faulty.plan = no_faults
+        if parking is not None:
+            parking.cancel()
+        assert bench.copy_holds(copy, old)
+        bench.check()
+        if parking is not None:
+            break
+    assert (n_points > 0) == (ending != "is cancelled")
+    bench.host.park(copy, bench.cache, slot, new)
+    assert bench.copy_holds(copy, new)
+    bench.host.restore(copy, bench.cache, slot)
+    assert bench.holds(slot, new)
+
+
+def test_turns_and_answers_that_are_given_anew_waste_little_memory(open_tiers: OpenTiers) -> None:
+    bench = open_tiers()
+    slot, copy = bench.begin(), bench.host.new_copy(bench.layout)
+    tokens: list[int] = []
+    for turn in range(20):
+        tokens = bench.append(slot, tokens, [turn, turn])
+        bench.host.copy_out(copy, bench.cache, slot, tokens)
+        assert len(copy.frames) == bench.frames.n_frames_for(len(tokens) * bench.layout.token_bytes)
+    for turn in range(20):
+        bench.cache.truncate(slot, 40)
+        new = bench.append(slot, tokens, [100 + turn] * 5)
+        bench.host.copy_out(copy, bench.cache, slot, new)
+        assert bench.copy_holds(copy, new)
+        assert len(copy.frames) <= bench.frames.n_frames_for(45 * bench.layout.token_bytes) + 1
+        bench.check()
 
 
 def test_a_fork_is_parked_without_harm_to_the_other(open_tiers: OpenTiers) -> None:
@@ -279,9 +334,19 @@ def test_copies_run_while_the_caller_goes_on_and_nothing_is_unmapped_before() ->
     assert emulator.violations() == []
 
 
-def test_frames_that_a_device_may_still_write_are_not_used_again(open_tiers: OpenTiers) -> None:
+def address_of(view: memoryview) -> tuple[int, int]:
+    """Where memory begins and ends."""
+    first = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    return first, first + view.nbytes
+
+
+@pytest.mark.parametrize("n_before", [0, 9, 15])
+def test_frames_that_a_device_may_still_write_are_not_used_again(open_tiers: OpenTiers, n_before: int) -> None:
     bench = open_tiers("per_layer")
     slot, copy = bench.begin(TOKENS[:20]), bench.host.new_copy(bench.layout)
+    if n_before:
+        first = bench.begin(TOKENS[:n_before])
+        bench.host.copy_out(copy, bench.cache, first, TOKENS[:n_before])
 
     class Silent(ManualFence):
         is_lost = True
@@ -291,11 +356,11 @@ def test_frames_that_a_device_may_still_write_are_not_used_again(open_tiers: Ope
                 raise DriverError("fence", 5, "EIO")
 
     fence = Silent()
-    launch, n_calls = bench.driver.copy_to_host, []
+    launch, views = bench.driver.copy_to_host, []
 
     def fail_second(address: int, view: memoryview) -> object:
-        n_calls.append(address)
-        if len(n_calls) == 2:
+        views.append(view)
+        if len(views) == 2:
             raise DriverError("copy_to_host", 5, "EIO")
         launch(address, view)
         return fence
@@ -303,9 +368,16 @@ def test_frames_that_a_device_may_still_write_are_not_used_again(open_tiers: Ope
     bench.driver.copy_to_host = fail_second  # type: ignore[method-assign]
     with pytest.raises(DriverError, match="copy_to_host"):
         bench.host.park(copy, bench.cache, slot, TOKENS[:20])
-    n_stuck = bench.frames.n_taken
-    assert n_stuck > 0
+    assert bench.holds(slot, TOKENS[:20])
+    bench.host.drop(copy)
     bench.check()
+    # Whoever takes all that there is does not get what may still be written.
+    others = bench.frames.take(bench.frames.n_available)
+    theirs = {address_of(view) for view in bench.frames.views(others, 0, len(others) * bench.frames.frame_bytes)}
+    assert not any(first <= address_of(views[0])[0] < end for first, end in theirs)
+    bench.frames.give(others)
+    with pytest.raises(UsageError, match="come to rest"):
+        bench.host.close()
     fence.is_lost = False
     bench.host.poll()
     assert bench.frames.n_taken == 0

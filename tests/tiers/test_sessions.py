@@ -19,6 +19,7 @@ from vmem_kv.errors import (
     UnknownSession,
     UsageError,
 )
+from vmem_kv.growth import SlotId
 from vmem_kv.testing import ManualClock, ManualFence, driver_error, fail_kind, no_faults
 from vmem_kv.tiers import streams
 from vmem_kv.tiers.disk import DiskTier
@@ -248,16 +249,17 @@ def test_a_failure_leaves_a_session_where_it_was_and_the_others_are_seen_to(
     assert sorted((desk.level("a"), desk.level("b")), key=str) == [Level.DEVICE, Level.HOST]
     assert desk.sessions.poll() == 1
     assert desk.level("a") is desk.level("b") is Level.HOST
+    assert desk.pass_time(100) == 2
+    assert desk.level("a") is desk.level("b") is Level.DISK
 
     def refuse(*arguments: object) -> None:
         raise OSError(5, "broken disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(streams.os, "pwrite", refuse)
+        patch.setattr(streams.os, "preadv", refuse)
         with pytest.raises(FileError):
-            desk.pass_time(100)
-    assert desk.level("a") is desk.level("b") is Level.HOST
-    assert desk.sessions.poll() == 2
+            desk.sessions.resume("a")
+    assert desk.level("a") is Level.DISK
     for n_more in (1, 2):  # once, then also when the slot is given back
         bench.faulty.plan = fail_kind("copy_from_host", make_error=driver_error())
         with pytest.raises(DriverError):
@@ -271,6 +273,207 @@ def test_a_failure_leaves_a_session_where_it_was_and_the_others_are_seen_to(
     assert bench.cache.active_slots() == []
     slot, _ = desk.sessions.resume("a")
     assert bench.holds(slot, TOKENS[:20])
+    bench.check()
+    desk.end()
+
+
+def test_a_disk_that_fails_keeps_no_session_for_ever(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    n_tries = 0
+
+    def refuse(*arguments: object) -> None:
+        nonlocal n_tries
+        n_tries += 1
+        raise OSError(5, "broken disk")
+
+    for name in "abc":
+        desk.keep(name, TOKENS[:20])
+    desk.keep("d", TOKENS[:20], Stay(10, math.inf, math.inf))
+    desk.pass_time(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams.os, "pwrite", refuse)
+        assert desk.pass_time(100) == 3
+        for _ in range(9):
+            assert desk.sessions.poll() == 0
+    assert n_tries == 3
+    assert [record.message.count("broken disk") for record in caplog.records] == [1, 1, 1]
+    assert [desk.level(name) for name in "abcd"] == [None, None, None, Level.HOST]
+    assert desk.sessions.stats().n_gone == 3
+    assert desk.sessions.demote("d") is Level.DISK
+    desk.bench.check()
+    desk.end()
+
+
+def test_a_session_that_can_never_fit_goes_alone(open_tiers: OpenTiers, tmp_path: Path) -> None:
+    small = Desk(open_tiers(n_frames=8), None)
+    small.keep("a", TOKENS[:5], Stay(10, math.inf))
+    small.keep("b", TOKENS[:6], Stay(10, math.inf))
+    small.pass_time(10)
+    small.keep("large", TOKENS)
+    small.pass_time(10)
+    assert [small.level(name) for name in ("a", "b", "large")] == [Level.HOST, Level.HOST, None]
+    small.end()
+    small.bench.end()
+    bench = open_tiers()
+    narrow = Desk(bench, tmp_path, max_disk_bytes=8 * bench.frames.frame_bytes)
+    for name in "ab":
+        narrow.keep(name, TOKENS[:5])
+        assert [narrow.sessions.demote(name) for _ in range(2)] == [Level.HOST, Level.DISK]
+    narrow.keep("large", TOKENS)
+    assert [narrow.sessions.demote("large") for _ in range(2)] == [Level.HOST, None]
+    assert [narrow.level(name) for name in "ab"] == [Level.DISK, Level.DISK]
+    assert narrow.sessions.stats().n_gone == 1
+    narrow.end()
+
+
+def test_a_file_that_can_never_fit_moves_no_session(open_tiers: OpenTiers, tmp_path: Path) -> None:
+    identity, path = ModelIdentity("tiny", "float32"), tmp_path / "session"
+    large = Desk(open_tiers(), None)
+    large.keep("one", TOKENS)
+    large.sessions.save("one", path, identity)
+    large.end()
+    large.bench.end()
+    small = Desk(open_tiers(n_frames=8), None)
+    small.keep("a", TOKENS[:5])
+    small.pass_time(10)
+    with pytest.raises(FileRefused, match="8 in all"):
+        small.sessions.load("one", path, identity)
+    assert small.level("a") is Level.HOST
+    small.end()
+
+
+def test_what_a_session_holds_of_its_own_goes_before_it_is_lost(open_tiers: OpenTiers) -> None:
+    """Host memory holds all of it, but not what it held before as well."""
+    desk = Desk(open_tiers(n_frames=8), None)
+    desk.keep("a", TOKENS[:20])
+    desk.pass_time(10)
+    slot, _ = desk.sessions.resume("a")
+    desk.bench.cache.truncate(slot, 5)
+    tokens = desk.bench.append(slot, TOKENS[:5], range(17))  # three quarters of the copy are of no use
+    desk.sessions.retain("a", slot, tokens)
+    assert desk.sessions.demote("a") is Level.HOST
+    slot, _ = desk.sessions.resume("a")
+    assert desk.bench.holds(slot, tokens)
+    desk.bench.check()
+    desk.end()
+
+
+@pytest.mark.parametrize("seconds", [(10,), (10, 100)], ids=["host", "disk"])
+def test_a_session_that_is_asked_for_does_not_make_room(
+    open_tiers: OpenTiers, tmp_path: Path, seconds: tuple[float, ...]
+) -> None:
+    bench = open_tiers(n_frames=15)  # one of the two
+    desk = Desk(bench, tmp_path, max_disk_bytes=15 * bench.frames.frame_bytes)
+    desk.keep("asked for", TOKENS[:40])
+    for n_seconds in seconds:
+        desk.pass_time(n_seconds)
+    level = desk.sessions.level("asked for")
+    desk.keep("idle", [7] * 40)
+    with desk.sessions.wanted("asked for"):
+        with desk.sessions.wanted("asked for"):
+            pass
+        assert desk.sessions.demote("idle") is (None if level is Level.HOST else Level.HOST)
+        assert not desk.sessions.push_down(level)
+        desk.pass_time(10_000)
+        assert desk.level("asked for") is level
+        desk.keep("last", [8] * 40, Stay(math.inf))
+        assert desk.sessions.free_slots(1) == bench.layout.n_pages(40)
+        assert desk.level("asked for") is level
+        slot, _ = desk.sessions.resume("asked for")
+    assert bench.holds(slot, TOKENS[:40])
+    desk.sessions.retain("asked for", slot, TOKENS[:40], STAY)
+    assert desk.pass_time(10) == 1  # as any other
+    with pytest.raises(UnknownSession), desk.sessions.wanted("nobody"):
+        pass
+    desk.end()
+
+
+def test_a_session_is_not_pushed_down_while_it_comes_back(
+    open_tiers: OpenTiers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever makes room for it, in the middle of it."""
+    desk = Desk(open_tiers(), tmp_path)
+    desk.keep("a", TOKENS[:20])
+    desk.pass_time(10)
+    acquire, n_pushed = desk.bench.cache.acquire, []
+
+    def push(**keywords: object) -> SlotId:
+        n_pushed.append(desk.sessions.push_down(Level.HOST))
+        return acquire(**keywords)
+
+    monkeypatch.setattr(desk.bench.cache, "acquire", push)
+    slot, _ = desk.sessions.resume("a")
+    assert desk.bench.holds(slot, TOKENS[:20])
+    assert n_pushed == [False]
+    desk.end()
+
+
+class Mute(ManualFence):
+    """A fence that cannot be asked, until the test says so."""
+
+    is_mute = True
+
+    def passed(self) -> bool:
+        if self.is_mute:
+            raise DriverError("fence", 5, "EIO")
+        return True
+
+    def wait(self) -> None:
+        self.passed()
+
+
+@pytest.mark.parametrize("then", ["forget", "close", "go to disk", "go on", "save"])
+@pytest.mark.parametrize("seconds", [(10,), (10, 100)], ids=["host", "disk"])
+def test_a_restore_that_nobody_can_wait_for_keeps_its_memory_and_nothing_else(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: tuple[float, ...], then: str
+) -> None:
+    bench, mute, identity = desk.bench, Mute(), ModelIdentity("tiny", "float32")
+    desk.keep("a", TOKENS[:20])
+    for n_seconds in seconds:
+        desk.pass_time(n_seconds)
+    launch = bench.driver.copy_from_host
+
+    def copy(buffer: memoryview, address: int) -> ManualFence:
+        launch(buffer, address).wait()
+        return mute
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.driver, "copy_from_host", copy)
+        with pytest.raises(DriverError):
+            desk.sessions.resume("a")
+    assert bench.cache.active_slots() == []
+    n_read = bench.frames.n_taken  # what the device may still read is nobody else's
+    assert n_read > 0
+    tokens = TOKENS[:20]
+    if then == "forget":
+        desk.sessions.forget("a")
+        assert desk.level("a") is None
+    elif then == "close":
+        desk.sessions.close()
+    elif then == "save":
+        desk.sessions.save("a", tmp_path / "file", identity)
+    else:
+        if then == "go to disk":
+            desk.pass_time(1000)
+            assert desk.level("a") is (Level.DISK if len(seconds) == 1 else None)
+        if desk.level("a") is not None:
+            slot, _ = desk.sessions.resume("a")
+            assert bench.holds(slot, tokens)
+            tokens = bench.append(slot, tokens, [1, 2])
+            desk.sessions.retain("a", slot, tokens, STAY)
+            assert desk.pass_time(10) == 1  # to another copy
+            assert bench.frames.n_taken > n_read
+    if desk.disk is not None and then in ("forget", "close"):
+        assert desk.disk.n_bytes == 0
+    assert bench.frames.n_taken >= n_read
+    bench.check()
+    desk.sessions.close()
+    assert bench.frames.n_taken == n_read
+    with pytest.raises(UsageError, match="come to rest"):
+        bench.host.close()
+    mute.is_mute = False
+    bench.host.poll()
     bench.check()
     desk.end()
 

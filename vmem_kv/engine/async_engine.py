@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, TypeVar
 
 from vmem_kv.engine.engine import Engine, EngineStats
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
@@ -47,6 +48,7 @@ _LOGPROB_CHARACTERS = 4
 HEARTBEAT_S = 0.25
 """How often an idle engine shows that it is alive."""
 _LOG = logging.getLogger("vmem_kv")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._to_add: deque[Request] = deque()
         self._to_abort: deque[str] = deque()
-        self._to_do: deque[tuple[Future[Level | None], Callable[[], Level | None]]] = deque()
+        self._to_do: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         """What others want the thread to do between two steps."""
         self._streams: dict[str, AnswerStream] = {}
         self._is_draining = False
@@ -254,13 +256,26 @@ class AsyncEngine:
             EngineDead: The engine ended, or is not started.
             TimeoutError: It took longer than `timeout_s`; it may still happen.
         """
-        done: Future[Level | None] = Future()
-        with self._wake:
-            if self._death is not None or self._stopping or self._thread is None:
-                raise self._death or EngineDead("the engine does not run")
-            self._to_do.append((done, lambda: self.engine.park_session(session_id, domain)))
-            self._wake.notify_all()
-        return done.result(timeout_s)
+        return self._queue(lambda: self.engine.park_session(session_id, domain)).result(timeout_s)
+
+    def forget_session(self, session_id: str, domain: str = "", timeout_s: float = 60.0) -> None:
+        """Let the engine's thread end a session that waits, between two steps; see `Engine.forget_session`.
+
+        Blocks; not for an event loop that requests wait for.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+            TimeoutError: It took longer than `timeout_s`; it may still happen.
+        """
+        self.ending_session(session_id, domain).result(timeout_s)
+
+    def ending_session(self, session_id: str, domain: str = "") -> Future[None]:
+        """As `forget_session`, for event loops (`asyncio.wrap_future`): return what is done when that is.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+        """
+        return self._queue(lambda: self.engine.forget_session(session_id, domain))
 
     def snapshot(self) -> EngineStats:
         """Return what there is to know just now."""
@@ -310,6 +325,16 @@ class AsyncEngine:
             _LOG.warning("closing a dead engine: %s", error)
         return True
 
+    def _queue(self, job: Callable[[], T]) -> Future[T]:
+        """Let the engine's thread do something, and return what will come of it."""
+        done: Future[T] = Future()
+        with self._wake:
+            if self._death is not None or self._stopping or self._thread is None:
+                raise self._death or EngineDead("the engine does not run")
+            self._to_do.append((done, job))
+            self._wake.notify_all()
+        return done
+
     def _run(self) -> None:
         try:
             self.engine.memory.pool.driver.bind_thread()
@@ -335,15 +360,14 @@ class AsyncEngine:
                 self._add(self._to_add.popleft())
             aborting = list(self._to_abort)
             self._to_abort.clear()
-            doing = list(self._to_do)
-            self._to_do.clear()
+            n_jobs = len(self._to_do)
             stopping = self._stopping
         for request_id in aborting:
             self._hand_out(self.engine.abort(request_id))
             with self._wake:
                 self._streams.pop(request_id, None)
-        for done, job in doing:
-            _do(done, job)
+        for _ in range(n_jobs):
+            _do(*self._to_do.popleft())  # one by one: where a job ends the engine, those behind it learn that
         return not stopping
 
     def _add(self, request: Request) -> None:
@@ -383,7 +407,8 @@ class AsyncEngine:
             streams, self._streams = list(self._streams.values()), {}
             undone, self._to_do = list(self._to_do), deque()
         for done, _ in undone:
-            done.set_exception(death)
+            if done.set_running_or_notify_cancel():
+                done.set_exception(death)
         for stream in streams:
             try:
                 stream.loop.call_soon_threadsafe(stream.fail, death)
@@ -391,8 +416,10 @@ class AsyncEngine:
                 continue
 
 
-def _do(done: Future[Level | None], job: Callable[[], Level | None]) -> None:
-    """Do what somebody waits for; a failure that ends the engine ends his waiting, too."""
+def _do(done: Future[T], job: Callable[[], T]) -> None:
+    """Do what somebody waits for, if he does; a failure that ends the engine ends his waiting, too."""
+    if not done.set_running_or_notify_cancel():  # nobody waits any more
+        return
     try:
         done.set_result(job())
     except BaseException as error:

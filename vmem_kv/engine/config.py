@@ -32,7 +32,8 @@ class EngineConfig:
         prefix_policy: Which cached prefix goes first when room is needed: "lru", the least recently used, or "cost",
             the one of which the least work for each page is expected to be saved.
         prefix_share: The part of the memory budget, from 0 to 1, that cached prefixes may hold which nobody uses,
-            sessions included. They give way to live requests in any case.
+            sessions included. Beyond it prefixes go, then sessions leave the device, the longest unused first. They
+            give way to live requests in any case.
         prefix_slots: How many of them, and of sessions, are kept, beyond the slots that are free anyway; default: three
             for each running sequence. They cost addresses, not memory.
         prefix_min_tokens: Shorter prefixes are computed: that costs less than looking after them.
@@ -42,7 +43,7 @@ class EngineConfig:
         disk_folder: Where, on a local disk.
         session_ttl_s: How long a session that nobody asks for keeps its slot. Then it is in host memory for ten times
             as long, on disk for sixty times, and is gone.
-        max_sessions: The most sessions, wherever they are.
+        max_sessions: The most sessions, wherever they are. For one more, whoever has most of them loses one.
         cache: How memory is used: budget, page size, layout. `max_tokens` is ours (`max_model_len`).
 
     Raises:

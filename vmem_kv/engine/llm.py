@@ -197,6 +197,10 @@ class LLM:
         """Move a session one level down before its time. See `Engine.park_session`."""
         return self.engine.park_session(session_id)
 
+    def forget_session(self, session_id: str) -> None:
+        """End a session, wherever it is. See `Engine.forget_session`."""
+        self.engine.forget_session(session_id)
+
     def stats(self) -> EngineStats:
         """Return one snapshot of the engine."""
         return self.engine.snapshot()

@@ -51,8 +51,6 @@ class ParkingSlots(SlotsOver):
         self._host = host
         self._min_tokens = min_tokens
         self._copies: dict[Sequence, HostCopy] = {}
-        self._unwanted: list[HostCopy] = []
-        """Copies that a device may still read, after a failure."""
         self._n_parked = self._n_restored = self._n_refused = 0
         self._n_changes_shown = inner.n_changes
         self._shown = self._look()
@@ -79,9 +77,7 @@ class ParkingSlots(SlotsOver):
 
     def settle(self) -> None:
         self._inner.settle()
-        unwanted, self._unwanted = self._unwanted, []
-        for copy in unwanted:
-            self._drop_copy(copy)
+        self._host.poll()
         if self._sessions.n_changes != self._n_changes_shown:
             self._show()
 
@@ -94,7 +90,7 @@ class ParkingSlots(SlotsOver):
 
     def close(self) -> None:
         with ExitStack() as stack:
-            stack.callback(self._host.close)
+            stack.callback(self._close_host)
             stack.callback(self._inner.close)
             for sequence in list(self._copies):
                 self._drop(sequence)
@@ -176,13 +172,13 @@ class ParkingSlots(SlotsOver):
     def _drop(self, sequence: Sequence) -> None:
         copy = self._copies.pop(sequence, None)
         if copy is not None:
-            self._drop_copy(copy)
+            self._host.drop_when_quiet(copy)
 
-    def _drop_copy(self, copy: HostCopy) -> None:
+    def _close_host(self) -> None:
         try:
-            self._host.drop(copy)
-        except UsageError:  # a device may still read it
-            self._unwanted.append(copy)
+            self._host.close()
+        except UsageError as error:  # a device may still use it, after a failure: it stays until the process ends
+            _LOG.warning("host memory is not given back: %s", error)
 
     def _show(self) -> None:
         """Set out what other threads may read."""

@@ -35,7 +35,7 @@ class Request:
         priority: Lower goes first; equal ones go by arrival. It decides who starts next and who loses its slot last,
             where memory runs short; nobody's work is thrown away only because somebody more urgent waits for a slot.
         domain: Whose request it is. Nothing that is cached is shared across domains, and memory that changes its domain
-            is scrubbed.
+            is scrubbed. What stands before a NUL in it says whose it is: sessions are shared out by that.
         session_id: The name of a conversation. Its sequence is kept when the request has ended, and the next request
             of that name and domain goes on in it, as far as its prompt begins with the same tokens. Without host memory
             (`EngineConfig.host_bytes`) it means nothing.

@@ -19,12 +19,14 @@ on.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.prefix_pages import CachedPages
 from vmem_kv.engine.request import Sequence
 from vmem_kv.engine.slot_source import SlotSource, Start
 from vmem_kv.engine.slots_over import SlotsOver
@@ -57,6 +59,11 @@ class Name(NamedTuple):
     domain: str
     session_id: str
 
+    @property
+    def owner(self) -> str:
+        """Whose it is: a client's domains, one for each salt, differ behind a NUL (`Request.domain`)."""
+        return self.domain.partition("\0")[0]
+
 
 class SessionSlots(SlotsOver):
     """See this file's first lines.
@@ -67,7 +74,8 @@ class SessionSlots(SlotsOver):
         sessions: The books of sessions, on the same cache.
         disk: The third tier, or None; closed with this.
         stay: How long a session stays at each level.
-        max_sessions: The most sessions. One more, and the one that is next to go goes.
+        max_pages: The most pages that only sessions on the device may hold.
+        max_sessions: The most sessions. One more, and of whoever has most the one that is next to go goes.
         min_tokens: Shorter ones are computed again: that costs less than looking after them.
         clock: Seconds, the sessions' own.
     """
@@ -80,6 +88,7 @@ class SessionSlots(SlotsOver):
         disk: DiskTier | None,
         *,
         stay: Stay,
+        max_pages: int,
         max_sessions: int,
         min_tokens: int,
         clock: Callable[[], float],
@@ -89,12 +98,14 @@ class SessionSlots(SlotsOver):
         self._sessions = sessions
         self._disk = disk
         self._stay = stay
+        self._max_pages = max_pages
         self._max_sessions = max_sessions
         self._min_tokens = min_tokens
         self._clock = clock
         self._claims: dict[Name, Sequence] = {}
         self._kept: dict[SlotId, Name] = {}
         """Slots of sessions that are on the device, the longest unused first."""
+        self._pages = CachedPages(memory.cache)
         self._next_poll_s = clock()
         self._n_at_once: int | None = 1
         self.n_changes = 0
@@ -134,6 +145,7 @@ class SessionSlots(SlotsOver):
                     self._forget(name)
         finally:
             self._inner.end(others, is_sound=is_sound)
+        self._fit()
 
     def settle(self) -> None:
         now_s = self._clock()
@@ -215,7 +227,14 @@ class SessionSlots(SlotsOver):
             if self._disk is not None:
                 stack.callback(self._disk.close)
             stack.callback(self._reconcile)
-            stack.callback(self._sessions.close)
+            stack.callback(self._close_sessions)
+
+    def _close_sessions(self) -> None:
+        try:
+            self._sessions.close()
+        except DriverError as error:  # what is not retired goes with the cache
+            self._require_device(error)
+            _LOG.warning("closing sessions: %s", error)
 
     # Below: one session
 
@@ -269,16 +288,17 @@ class SessionSlots(SlotsOver):
         return slot_id
 
     def _bring_back(self, name: Name) -> SlotId:
-        if self._level(name) is not Level.DEVICE:
-            n_tokens = len(self._sessions.tokens(name.session_id, domain=name.domain))
-            self.make_room(self._memory.n_pages(n_tokens))
-        while True:
-            try:
-                return self._sessions.resume(name.session_id, domain=name.domain).slot_id
-            except OutOfSlots:
-                self._let_pass()
-                if not self.give_way(1):
-                    raise
+        with self._sessions.wanted(name.session_id, domain=name.domain):
+            if self._level(name) is not Level.DEVICE:
+                n_tokens = len(self._sessions.tokens(name.session_id, domain=name.domain))
+                self.make_room(self._memory.n_pages(n_tokens))
+            while True:
+                try:
+                    return self._sessions.resume(name.session_id, domain=name.domain).slot_id
+                except OutOfSlots:
+                    self._let_pass()
+                    if not self.give_way(1):
+                        raise
 
     def _retain(self, sequence: Sequence, name: Name) -> bool:
         """Keep an ended sequence's slot under its name; return whether that was done."""
@@ -286,12 +306,13 @@ class SessionSlots(SlotsOver):
         if slot_id is None or n_tokens < self._min_tokens:
             return False
         self.n_changes += 1
-        if self._level(name) not in _NOT_WAITING:
-            self._forget(name)
+        if self._level(name) not in _NOT_WAITING and not self._forget(name):
+            return False
+        if not self._make_place(name):
+            return False
         try:
-            self._make_place()
             self._memory.cut(slot_id, n_tokens)
-        except (CapacityError, DriverError, FileError) as error:
+        except (CapacityError, DriverError) as error:
             self._require_device(error)
             _LOG.warning("a session could not be kept: %s", error)
             return False
@@ -301,31 +322,45 @@ class SessionSlots(SlotsOver):
         self._kept[slot_id] = name
         return True
 
-    def _make_place(self) -> None:
-        """Let one more session be kept."""
-        stats = self._sessions.stats()
-        n_waiting = stats.n_on_device + stats.n_on_host + stats.n_on_disk
-        while n_waiting >= self._max_sessions and any(
-            self._sessions.push_down(level) for level in (Level.DISK, Level.HOST, Level.DEVICE)
-        ):
-            stats = self._sessions.stats()
-            n_waiting = stats.n_on_device + stats.n_on_host + stats.n_on_disk
-        self._reconcile()
+    def _make_place(self, newcomer: Name) -> bool:
+        """Let one more session be kept, in place of one of whoever would have most; return whether that can be."""
+        waiting = [Name(*key) for key in self._sessions.waiting()]
+        while len(waiting) >= self._max_sessions:
+            n_owned = Counter(name.owner for name in [newcomer, *waiting])
+            going = max(waiting, key=lambda name: n_owned[name.owner])  # of equal ones the next to go
+            if not self._forget(going, self._sessions.give_up):
+                return False
+            waiting.remove(going)
+        return True
 
-    def _forget(self, name: Name) -> None:
-        """End a session, if it is there still. Where its slot cannot be retired it stays, and its time will come."""
+    def _fit(self) -> None:
+        """Hold the bound on pages. What is cached beside sessions has gone before."""
+        while self._n_held_pages() > self._max_pages and self._demote_next():
+            pass
+
+    def _n_held_pages(self) -> int:
+        """Pages under sessions and nobody else."""
+        self._pages.slot_ids = set(self._kept)
+        return self._pages.held()
+
+    def _forget(self, name: Name, forget: Callable[..., None] | None = None) -> bool:
+        """End a session, if it is there still; return whether none waits under its name then.
+
+        Where its slot cannot be retired it stays, and its time will come.
+        """
         try:
-            self._sessions.forget(name.session_id, domain=name.domain)
+            (forget or self._sessions.forget)(name.session_id, domain=name.domain)
         except UnknownSession:
             pass
         except DriverError as error:
             self._require_device(error)
             _LOG.warning("a session could not be forgotten: %s", error)
         self._reconcile()
+        return self._level(name) in _NOT_WAITING
 
     def _demote_next(self) -> bool:
-        """Take the slot of the session that was longest unused; return whether that was done."""
-        for slot_id, name in list(self._kept.items())[:1]:
+        """Take the slot of the session that was longest unused, of those that go; return whether any did."""
+        for slot_id, name in list(self._kept.items()):
             try:
                 self._sessions.demote(name.session_id, domain=name.domain)
             except (CapacityError, DriverError, FileError) as error:
@@ -333,7 +368,8 @@ class SessionSlots(SlotsOver):
                 _LOG.warning("a session could not be moved from the device: %s", error)
                 self._forget(name)
             self._reconcile()
-            return slot_id not in self._kept
+            if slot_id not in self._kept:
+                return True
         return False
 
     def _let_pass(self) -> None:

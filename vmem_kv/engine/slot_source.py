@@ -46,7 +46,8 @@ class SlotSource(Protocol):
             expected_tokens: What it needs soon.
 
         Raises:
-            OutOfSlots: More sequences run than the memory was opened for.
+            OutOfSlots: More sequences run than the memory was opened for, or the driver does not let go of slots that
+                nobody uses. Nothing is held for the sequence.
             DriverError: No slot could be prepared. Nothing is held for the sequence.
         """
 

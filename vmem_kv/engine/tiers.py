@@ -64,6 +64,7 @@ def open_slots(route: Route, config: EngineConfig, clock: Callable[[], float]) -
         Sessions(memory.cache, host, disk, clock),
         disk,
         stay=stay(config.session_ttl_s),
+        max_pages=_max_cached_pages(route, config),
         max_sessions=config.max_sessions,
         min_tokens=config.prefix_min_tokens,
         clock=clock,
@@ -83,10 +84,14 @@ def _frames(max_bytes: int, driver: Driver) -> FramePool:
         raise ConfigError(str(error).replace("max_bytes", "host_bytes")) from error
 
 
+def _max_cached_pages(route: Route, config: EngineConfig) -> int:
+    return int(route.memory.pool.max_pages * config.prefix_share)
+
+
 def _prefix_slots(route: Route, config: EngineConfig) -> SlotSource:
     return PrefixSlots(
         route.memory,
         POLICIES[config.prefix_policy](),
-        max_pages=int(route.memory.pool.max_pages * config.prefix_share),
+        max_pages=_max_cached_pages(route, config),
         min_tokens=config.prefix_min_tokens,
     )

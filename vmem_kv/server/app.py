@@ -26,7 +26,9 @@ from vmem_kv.server.gate import Gate
 from vmem_kv.server.readiness import readiness
 from vmem_kv.server.schemas import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk
 from vmem_kv.server.service import Service
+from vmem_kv.server.sessions import forget
 
+_SALTED = {"parameters": [{"name": "cache_salt", "in": "query", "schema": {"type": "string"}}]}
 _BODIES: tuple[type[BaseModel], ...] = (ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk)
 
 
@@ -62,6 +64,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation. With `stream`, as server-sent events."""
         return await chat(service, request)
+
+    @app.delete("/v1/sessions/{session_id:path}", openapi_extra=_SALTED)
+    async def forget_session(request: Request, session_id: str) -> dict[str, Any]:
+        """End a session that waits, before its time."""
+        return await forget(service, request, session_id)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Gate:
             "request",
             logging.WARNING if status >= 500 else logging.INFO,
             request_id=record.request_id,
-            method=scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS") else "other",
+            method=scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "DELETE") else "other",
             route=route,
             status=status,
             duration_s=round(duration_s, 4),

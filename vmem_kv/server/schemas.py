@@ -76,6 +76,7 @@ Prompt = Annotated[
     | Annotated[Listed[Tokens], Field(max_length=MAX_PROMPTS), Tag("<array of token arrays>")],
     Discriminator(_kind),
 ]
+SessionName = Annotated[str, Field(min_length=1, max_length=MAX_SESSION_CHARACTERS)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     Annotated[StopText, Tag("<string>")]
@@ -104,7 +105,27 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class Asking(_Strict):
+class _Sharing(_Strict):
+    """What says, beside a client's key, which cached prefixes and sessions are meant."""
+
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
+
+    def sharing_domain(self, domain: str) -> str:
+        """Return within whom cached prefixes and sessions are found: one client's requests of the same salt.
+
+        Args:
+            domain: Whose request it is. Ours, and without NUL: so that no salt makes one domain look like another.
+        """
+        return domain if self.cache_salt is None else f"{domain}\0{self.cache_salt}"
+
+
+class SessionAsk(_Sharing):
+    """A session, by what stands in a path and in its query."""
+
+    session_id: SessionName
+
+
+class Asking(_Sharing):
     """What both endpoints take."""
 
     model: Annotated[str, Field(max_length=MAX_NAME)]
@@ -126,8 +147,7 @@ class Asking(_Strict):
     include_stop_str_in_output: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_NAME)] | None = None
-    session_id: Annotated[str, Field(min_length=1, max_length=MAX_SESSION_CHARACTERS)] | None = None
+    session_id: SessionName | None = None
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
@@ -168,14 +188,6 @@ class Asking(_Strict):
     def n_logprobs(self) -> int | None:
         """How many likeliest tokens to report beside each chosen one; None for no log probabilities."""
         raise NotImplementedError
-
-    def sharing_domain(self, domain: str) -> str:
-        """Return within whom cached prefixes and sessions are found: one client's requests of the same salt.
-
-        Args:
-            domain: Whose request it is. Ours, and without NUL: so that no salt makes one domain look like another.
-        """
-        return domain if self.cache_salt is None else f"{domain}\0{self.cache_salt}"
 
     def sampling_params(self) -> SamplingParams:
         """Return what the engine is to do."""

@@ -20,19 +20,14 @@ class ModelCopy:
 
     Attributes:
         rows: What determines each row, in the order of the tokens.
-        parts: (first token, tokens) of each piece that was moved, the later ones behind the earlier in memory. A piece
-            holds good up to where the next one begins; what it has beyond that is waste.
+        parts: (first token, tokens, first byte) of each piece that was moved, the later ones behind the earlier in
+            memory. A piece holds good up to where the next one begins; what it has beyond that is waste.
         is_spare: Whether a slot has the rows too, so that they may be dropped.
     """
 
     rows: list[int] = field(default_factory=list)
-    parts: list[tuple[int, int]] = field(default_factory=list)
+    parts: list[tuple[int, int, int]] = field(default_factory=list)
     is_spare: bool = False
-
-    @property
-    def n_stored(self) -> int:
-        """Rows in memory, waste included."""
-        return sum(n_tokens for _, n_tokens in self.parts)
 
 
 @dataclass(slots=True)
@@ -57,28 +52,43 @@ class TierModel:
     def after_park(self, number: int, rows: Sequence[int]) -> tuple[ModelCopy, int, int]:
         """What a copy will be when these rows were parked in it, how many of them move, and how many frames it takes.
 
-        Rows that it holds from the beginning on stay, unless more than half of what would stay were waste.
+        Rows that it holds from the beginning on stay, unless more than half of what would stay were waste. New ones
+        go behind all that it holds, also what is to go, so that a park that fails has changed nothing; but frames
+        that hold only what is to go are not kept.
         """
         old = self.copies.get(number, ModelCopy())
         n_same = next((i for i, (a, b) in enumerate(zip(old.rows, rows, strict=False)) if a != b), None)
         n_same = min(len(old.rows), len(rows)) if n_same is None else n_same
         kept = [part for part in old.parts if part[0] < n_same]
-        n_kept = sum(n_tokens for _, n_tokens in kept)
-        if 2 * (n_kept - n_same) > n_kept:
-            n_same, n_kept, kept = 0, 0, []
+        kept_bytes = self.end_byte(kept)
+        if 2 * (kept_bytes - n_same * self.row_bytes) > kept_bytes:
+            n_same, kept_bytes, kept = 0, 0, []
+        n_kept = self.n_frames(kept_bytes)
+        first_byte = min(self.end_byte(old.parts), n_kept * self.frame_bytes)
         n_moved = len(rows) - n_same
-        parts = [*kept, (n_same, n_moved)] if n_moved else kept
-        new = ModelCopy(list(rows), parts)
-        return new, n_moved, self.n_frames(new.n_stored) - self.n_frames(n_kept)
+        new = ModelCopy(list(rows), [*kept, (n_same, n_moved, first_byte)] if n_moved else kept)
+        return new, n_moved, self.n_frames_of(new) - n_kept
 
-    def n_frames(self, n_rows: int) -> int:
-        """Frames for so many rows."""
-        return -(-n_rows * self.row_bytes // self.frame_bytes)
+    def end_byte(self, parts: Sequence[tuple[int, int, int]]) -> int:
+        """The first byte behind some parts."""
+        return parts[-1][2] + parts[-1][1] * self.row_bytes if parts else 0
+
+    def n_frames(self, n_bytes: int) -> int:
+        """Frames for so many bytes."""
+        return -(-n_bytes // self.frame_bytes)
+
+    def n_frames_for(self, rows: Sequence[int]) -> int:
+        """Frames for rows that lie one behind the other."""
+        return self.n_frames(len(rows) * self.row_bytes)
+
+    def n_frames_of(self, copy: ModelCopy) -> int:
+        """Frames that a copy has."""
+        return self.n_frames(self.end_byte(copy.parts))
 
     @property
     def n_taken(self) -> int:
         """Frames of all copies."""
-        return sum(self.n_frames(copy.n_stored) for copy in self.copies.values())
+        return sum(self.n_frames_of(copy) for copy in self.copies.values())
 
     def plan_room(self, n_frames: int, beside: int | None) -> tuple[bool, list[int]]:
         """Whether frames can be had, and which spare copies are dropped for them; none if all were too few."""
@@ -87,7 +97,7 @@ class TierModel:
         for number, copy in self.copies.items():
             if n_short > 0 and copy.is_spare and number != beside:
                 victims.append(number)
-                n_short -= self.n_frames(copy.n_stored)
+                n_short -= self.n_frames_of(copy)
         return (True, victims) if n_short <= 0 else (False, [])
 
     def dropped_for_room(self, numbers: Sequence[int]) -> None:
@@ -107,7 +117,7 @@ class TierModel:
         Raises:
             ModelMismatch: They differ.
         """
-        spare = sum(self.n_frames(copy.n_stored) for copy in self.copies.values() if copy.is_spare)
+        spare = sum(self.n_frames_of(copy) for copy in self.copies.values() if copy.is_spare)
         expected = {
             "max_bytes": self.max_frames * self.frame_bytes,
             "taken_bytes": self.n_taken * self.frame_bytes,

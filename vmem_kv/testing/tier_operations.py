@@ -167,11 +167,12 @@ class TieredRun(Run):
         """Read a file into a copy that holds nothing."""
         self._begin("load", (file, copy), fault)
         rows = self.files[file]
-        fits, victims = self.tier.plan_room(self.tier.n_frames(len(rows)), None)
+        fits, victims = self.tier.plan_room(self.tier.n_frames_for(rows), None)
         try:
             loaded = files.load(self._path(file), self.host, self.layout, IDENTITY)
         except FileRefused:
-            require(not rows, "a whole file was refused")
+            is_hopeless = self.tier.n_frames_for(rows) > self.tier.max_frames
+            require(not rows or is_hopeless, "a whole file was refused")
             self._take_over_drops()
         except OutOfHostMemory:
             require(not rows or not fits, "the host memory was there")
@@ -183,7 +184,7 @@ class TieredRun(Run):
             require(fits, "there was not so much host memory")
             self.tier.dropped_for_room(victims)
             self.copies[copy] = loaded
-            self.tier.holds(copy, ModelCopy(rows, [(0, len(rows))]))
+            self.tier.holds(copy, ModelCopy(rows, [(0, len(rows), 0)]))
         self._end()
 
     def spoil(self, file: int, at: int, cuts: bool, fault: Fault = None) -> None:
@@ -299,6 +300,7 @@ class TieredRun(Run):
     def _bring_up_to_date(self, slot: int, number: int, *, vacates: bool) -> None:
         copy = self.copies.setdefault(number, self.host.new_copy(self.layout))
         rows = self._rows(slot)
+        held = self._rows_in(copy) if self.history[-1].fault is not None else []
         new, n_moved, n_frames = self.tier.after_park(number, rows)
         fits, victims = self.tier.plan_room(n_frames, number)
         call = self.host.park if vacates else self.host.copy_out
@@ -310,9 +312,9 @@ class TieredRun(Run):
         except DriverError:
             require(self.is_faulted, "a driver error without a fault")
             self._take_over_drops()
-            parts = [(extent.first_token, extent.n_tokens) for extent in copy.extents]
-            if (list(copy.tokens), parts) != (new.rows, new.parts):
-                return  # then it must be as it was
+            if (list(copy.tokens), [tuple(extent) for extent in copy.extents]) != (new.rows, new.parts):
+                require(self._rows_in(copy) == held, f"a park that failed has changed copy {number}")
+                return
         else:
             require(fits, "there was not so much host memory")
             self.tier.dropped_for_room(victims)
@@ -374,10 +376,10 @@ class TieredRun(Run):
     def _read_back(self, session: int, kept: _Kept) -> bool:
         """Rows came from disk to host memory; return whether there was room."""
         while True:
-            fits, victims = self.tier.plan_room(self.tier.n_frames(len(kept.rows)), None)
+            fits, victims = self.tier.plan_room(self.tier.n_frames_for(kept.rows), None)
             if fits:
                 self.tier.dropped_for_room(victims)
-                self.tier.holds(self._number(session), ModelCopy(kept.rows, [(0, len(kept.rows))], is_spare=True))
+                self.tier.holds(self._number(session), ModelCopy(kept.rows, [(0, len(kept.rows), 0)], is_spare=True))
                 return True
             if not self._make_host_room():
                 return False
@@ -394,7 +396,8 @@ class TieredRun(Run):
             kept.level = Level.DISK
         else:
             new, n_moved, n_frames = self.tier.after_park(number, kept.rows)
-            while not (room := self.tier.plan_room(n_frames, number))[0] and self._make_host_room():
+            can_fit = self.tier.n_frames_for(kept.rows) <= self.tier.max_frames
+            while not (room := self.tier.plan_room(n_frames, number))[0] and can_fit and self._make_host_room():
                 pass
             if room[0]:
                 self.tier.dropped_for_room(room[1])
@@ -431,10 +434,7 @@ class TieredRun(Run):
 
     def _require_nothing_old(self, slot: int, number: int, pages: set[Page]) -> None:
         """A restore broke off: new pages hold rows of the copy, or zeros."""
-        rows = [bytearray() for _ in self.layout.planes]
-        for piece, views in self.host.rows(self.copies[number]):
-            for view in views:
-                rows[piece.plane_index] += view
+        rows = self._rows_in(self.copies[number])
         for page in pages:
             _, plane_index, index = page
             found = self._read_page(page)
@@ -442,6 +442,14 @@ class TieredRun(Run):
             wanted = bytes(rows[plane_index][first : first + self.page_bytes]).ljust(self.page_bytes, b"\0")
             is_ours = all(a in (0, b) for a, b in zip(found, wanted, strict=True))
             require(is_ours, f"page {page} shows old bytes after a restore that failed")
+
+    def _rows_in(self, copy: HostCopy) -> list[bytearray]:
+        """The rows that a copy holds, plane by plane."""
+        rows = [bytearray() for _ in self.layout.planes]
+        for piece, views in self.host.rows(copy):
+            for view in views:
+                rows[piece.plane_index] += view
+        return rows
 
     def _rows(self, slot: int) -> list[int]:
         return self.tags.identities(slot, self.model.slots[slot].n_tokens)

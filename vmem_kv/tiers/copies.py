@@ -6,7 +6,8 @@ A copy is a list of extents, each the rows of some consecutive tokens, plane aft
                                    + (token - extent.first_token) * plane.token_bytes
 
 Later extents are what was added since; an extent holds good from its first token to that of the next one, so that a
-sequence that was shortened and went on another way needs no byte to be moved.
+sequence that was shortened and went on another way needs no byte to be moved. Between two extents there may be a gap,
+where one was that went: while it was to be replaced, it had to stay as it was.
 
 Guarantees: token ids stand beside the rows and are compared, so that rows are never taken for those of other tokens.
 Assumptions: one thread. `HostTier` alone changes a copy.

@@ -73,6 +73,10 @@ class DiskTier:
         except OSError as error:
             raise ConfigError(f"no tier on disk in {directory}: {error}; choose a directory on a local disk") from error
 
+    def n_bytes_for(self, copy: HostCopy) -> int:
+        """What a copy takes on disk. More than `max_bytes` never fit."""
+        return round_up(copy.n_tokens * copy.layout.token_bytes, mmap.PAGESIZE)
+
     def store(self, host: HostTier, copy: HostCopy) -> DiskCopy:
         """Write a copy to disk. It stays as it is.
 
@@ -84,7 +88,7 @@ class DiskTier:
         self._require_open()
         if copy.is_written or not copy.n_tokens:
             raise UsageError("only a copy that holds tokens, and is not being written, can be stored")
-        n_bytes = round_up(copy.n_tokens * copy.layout.token_bytes, mmap.PAGESIZE)
+        n_bytes = self.n_bytes_for(copy)
         if self.n_bytes + n_bytes > self.max_bytes:
             raise OutOfDiskSpace(
                 f"{format_bytes(n_bytes)} are needed, {format_bytes(self.max_bytes - self.n_bytes)} of "

@@ -141,8 +141,8 @@ def load(path: str | Path, host: HostTier, layout: Layout, identity: ModelIdenti
         identity: Whose rows are wanted.
 
     Raises:
-        FileRefused: The file is truncated, altered, foreign, longer than a slot, or from a newer version. Nothing
-            changed.
+        FileRefused: The file is truncated, altered, foreign, longer than a slot or all of the host tier, or from a
+            newer version. Nothing changed.
         FileError: The file cannot be opened or read. Nothing changed.
         OutOfHostMemory: The host tier has no room for it. Nothing changed but spare copies that went.
     """
@@ -151,6 +151,12 @@ def load(path: str | Path, host: HostTier, layout: Layout, identity: ModelIdenti
         try:
             try:
                 header, offset = _read_header(fd, layout, identity)
+                n_frames = host.frames.n_frames_for(header.n_tokens * layout.token_bytes)
+                if n_frames > host.frames.max_frames:
+                    raise FileRefused(
+                        f"its {header.n_tokens} tokens take {n_frames} frames of host memory, of which there are "
+                        f"{host.frames.max_frames} in all; open the tier with more memory"
+                    )
                 tokens = _read_tokens(fd, offset, header)
                 with host.filling(layout, tokens) as copy:
                     read_rows(fd, offset + len(tokens) * _TOKEN_BYTES, host, copy, header.kind, header.sums)
@@ -186,11 +192,11 @@ def _read_header(fd: int, layout: Layout, identity: ModelIdentity) -> tuple[_Hea
         raise FileRefused("its header was altered")
     header = _from_json(bytes(text))
     if header.byte_order != sys.byteorder:
-        raise FileRefused(f"it comes from a {header.byte_order}-endian machine")
+        raise FileRefused(f"it comes from a machine whose byte order is {header.byte_order!r:.80}")
     if (header.model, header.dtype) != (identity.model, identity.dtype):
         raise FileRefused(
-            f"it belongs to {header.model!r} in {header.dtype}; wanted are rows of {identity.model!r} in "
-            f"{identity.dtype}"
+            f"it belongs to {header.model!r:.300} in {header.dtype!r:.80}; wanted are rows of {identity.model!r:.300} "
+            f"in {identity.dtype!r:.80}"
         )
     if header.layers != layout.layers:
         raise FileRefused(f"its {len(header.layers)} layers are not those of this cache ({len(layout.layers)})")
@@ -198,8 +204,8 @@ def _read_header(fd: int, layout: Layout, identity: ModelIdentity) -> tuple[_Hea
         raise FileRefused(f"it has {header.n_tokens} tokens; a slot of this cache holds {layout.max_tokens}")
     try:
         stored = dense_layout(header.kind, header.layers, header.n_tokens)
-    except ConfigError as error:
-        raise FileRefused(str(error)) from error
+    except ValueError as error:  # a ConfigError is one; so is a number with more digits than Python reads
+        raise FileRefused(f"its layout cannot be used: {error!s:.300}") from error
     if len(header.sums) != len(stored.planes):
         raise FileRefused(f"it has {len(header.sums)} checksums for {len(stored.planes)} planes")
     offset = _PROLOGUE.size + n_header_bytes
@@ -262,8 +268,8 @@ def _list(value: Any, n_items: int | None = None) -> Sequence[Any]:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text is missing")
+    if not isinstance(value, str) or len(value) > MAX_NAME_BYTES:
+        raise ValueError("a text is missing, or too long")
     return value
 
 

@@ -7,9 +7,9 @@
 Rows move in one copy per plane and contiguous range of host memory, not page by page.
 
 Guarantees
-  * After a failed park the slot is as it was and the copy holds what it held; after a failed restore the copy holds
-    what it held and the slot is active with no tokens. (Pages that were mapped for it stay mapped: try again, or
-    retire it.)
+  * After a failed park the slot is as it was and the copy holds what it held, byte for byte; or nothing, where the
+    device cannot say that it writes there no more. After a failed restore the copy holds what it held and the slot is
+    active with no tokens. (Pages that were mapped for it stay mapped: try again, or retire it.)
   * The rows of a copy are those of its token ids: what it is parked with is compared with what it holds, token by
     token, and rows behind the first difference are moved again.
   * The budget is never passed. Spare copies, whose rows a slot has as well, are dropped for room, the longest unused
@@ -74,6 +74,8 @@ class HostTier:
         self._reading: set[Restoring] = set()
         self._stuck: list[tuple[Transfer, list[int]]] = []
         """Frames that a device may still write, after a failure."""
+        self._unwanted: list[HostCopy] = []
+        """Copies that go when nothing reads them any more."""
         self._n_moves = {True: 0, False: 0}
         self._n_bytes = {True: 0, False: 0}
         self._n_dropped = 0
@@ -107,7 +109,8 @@ class HostTier:
             OutOfHostMemory: The budget or the system's memory is spent. Nothing changed but spare copies that went.
             UsageError: `tokens` are not as many as the slot has, or the slot slid, or the copy is under way elsewhere
                 or has other rows. Nothing changed.
-            DriverError: A copy could not be launched. Nothing changed.
+            DriverError: A copy could not be launched. Nothing changed; but the copy is empty where the device cannot
+                say that what was launched before has ended.
         """
         return self._begin(copy, cache, slot_id, tokens, then_vacate=True)
 
@@ -181,6 +184,22 @@ class HostTier:
             raise UsageError("the copy is under way; finish its park or restore before it is dropped")
         self._empty(copy)
 
+    def drop_when_quiet(self, copy: HostCopy) -> None:
+        """Empty a copy now or, where a device may still read it, at the first poll that finds that it does not.
+
+        The copy is the tier's from now on: for other rows the caller takes a new one.
+
+        Raises:
+            UsageError: It is being written. Nothing changed.
+        """
+        self.poll()
+        if copy.is_written:
+            raise UsageError("the copy is being written; finish or cancel its park before it is dropped")
+        if not copy.n_readers:
+            self._empty(copy)
+        elif copy not in self._unwanted:
+            self._unwanted.append(copy)
+
     @contextmanager
     def filling(self, layout: Layout, tokens: Sequence[int]) -> Iterator[HostCopy]:
         """A new copy with memory for these tokens, whose rows the block writes through `rows`; dropped if it raises.
@@ -228,6 +247,9 @@ class HostTier:
             if transfer.is_quiet():
                 self._stuck.remove(stuck)
                 self.frames.give(frames)
+        for copy in [copy for copy in self._unwanted if not copy.n_readers]:
+            self._unwanted.remove(copy)
+            self._empty(copy)
 
     def stats(self) -> TierStats:
         """Return one snapshot."""
@@ -266,11 +288,15 @@ class HostTier:
         """Drop every copy and give the memory back. Idempotent.
 
         Raises:
-            UsageError: A park or a restore is under way. Nothing changed.
+            UsageError: A park or a restore is under way; or one failed, and the device cannot say that it uses the
+                memory no more. Nothing changed: finish it, or close again.
         """
         self.poll()
-        if self._writing or self._reading:
-            raise UsageError(f"{len(self._writing)} parks and {len(self._reading)} restores are under way; finish them")
+        if self._writing or self._reading or self._stuck:
+            raise UsageError(
+                f"{len(self._writing) + len(self._stuck)} parks and {len(self._reading)} restores are under way, or "
+                "failed and did not end; finish them, or close again when the device has come to rest"
+            )
         for copy in list(self._copies):
             self._empty(copy)
         self.frames.close()
@@ -290,11 +316,12 @@ class HostTier:
                 f"slot {slot_id} slid to token {cache.first_token(slot_id)}; only whole sequences are kept"
             )
         n_same, extents = self._what_stays(copy, ids)
-        kept_bytes = end_of(extents, copy.layout)
-        n_kept = self.frames.n_frames_for(kept_bytes)
+        n_kept = self.frames.n_frames_for(end_of(extents, copy.layout))
         target = HostCopy(copy.layout)
         target.tokens = ids
-        target.extents = (*extents, Extent(n_same, len(ids) - n_same, kept_bytes)) if n_same < len(ids) else extents
+        if n_same < len(ids):
+            extents = (*extents, Extent(n_same, len(ids) - n_same, self._free_from(copy, extents)))
+        target.extents = extents
         new_frames = self._take(self.frames.n_frames_for(target.end_byte) - n_kept, beside=copy)
         target.frames = copy.frames[:n_kept] + new_frames
         try:
@@ -323,6 +350,14 @@ class HostTier:
         if kept_bytes - needed_bytes > kept_bytes * MAX_WASTE:
             return 0, ()
         return n_same, extents
+
+    def _free_from(self, copy: HostCopy, extents: tuple[Extent, ...]) -> int:
+        """Where rows may go behind these extents of a copy: no byte of it is there, also none that is to go.
+
+        That is behind all that it has, or in a frame that it has not.
+        """
+        n_kept = self.frames.n_frames_for(end_of(extents, copy.layout))
+        return min(copy.end_byte, n_kept * self.frames.frame_bytes)
 
     def _moves(self, copy: HostCopy, cache: KVCache, slot_id: SlotId, first_token: int, end_token: int) -> list[Move]:
         """The copies between a slot and host memory for these tokens."""
@@ -355,10 +390,14 @@ class HostTier:
         return True
 
     def _empty(self, copy: HostCopy) -> None:
+        self.frames.give(self._strip(copy))
+
+    def _strip(self, copy: HostCopy) -> list[int]:
+        """Make a copy empty; return the frames that it had."""
         frames = copy.frames
         copy.tokens, copy.extents, copy.frames = array("q"), (), []
         self._copies.pop(copy, None)
-        self.frames.give(frames)
+        return frames
 
     def _touch(self, copy: HostCopy) -> None:
         self._copies.pop(copy, None)
@@ -419,8 +458,9 @@ class Parking:
 
         Raises:
             UsageError: It was finished or cancelled before, or the slot was stepped meanwhile: then nothing changed.
-            DriverError: Moving the rows failed: nothing changed. Or giving the pages back failed (`KVCache.vacate`):
-                the copy holds everything, so that to try again moves nothing.
+            DriverError: Moving the rows failed: nothing changed, but for the copy, which is empty where the device
+                cannot say that it writes there no more. Or giving the pages back failed (`KVCache.vacate`): the copy
+                holds everything, so that to try again moves nothing.
         """
         self._require_open()
         try:
@@ -440,7 +480,10 @@ class Parking:
             self._copy.is_spare = bool(self._cache.n_tokens(self._slot_id))
 
     def cancel(self) -> None:
-        """Leave everything as it was before `begin_park`. Idempotent; without effect after `finish`."""
+        """Leave everything as it was before `begin_park`. Idempotent; without effect after `finish`.
+
+        The copy is empty where the device cannot say that it writes there no more.
+        """
         if self._is_open:
             self._give_up()
 
@@ -458,8 +501,8 @@ class Parking:
         self._close()
         if is_quiet:
             self._tier.frames.give(self.new_frames)
-        else:
-            self._tier._stuck.append((self._transfer, self.new_frames))
+        else:  # new rows begin in the last frame of the old ones; the slot has what is wanted of both
+            self._tier._stuck.append((self._transfer, self._tier._strip(self._copy) + self.new_frames))
 
     def _close(self) -> None:
         self._is_open = False

@@ -11,7 +11,9 @@ in use, the slot is the caller's, and a host copy stays as a spare: retained aga
 Guarantees
   * A session that cannot be kept where it should go, for want of room, goes further down; for want of any room it is
     gone. A cached sequence can always be computed again, and never stands in the way of a live one.
+  * Sessions make room for another one only where that can fit at all, and never one that is asked for just now.
   * A failure leaves a session where it was; other sessions are still seen to, and the first error is raised at the end.
+    One that the disk fails to take is gone, as if the disk were full: it would never go, nor anything behind it.
   * A name means nothing in another domain: a session of another domain is unknown.
 
 Assumptions: one thread calls, and calls `poll` now and then: nothing happens by itself. A poll that finds a session's
@@ -21,10 +23,11 @@ copy under way leaves it to a later one; going to disk and coming from there tak
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,6 +36,7 @@ from typing import NamedTuple
 from vmem_kv.cache import KVCache
 from vmem_kv.errors import (
     ConfigError,
+    FileError,
     FileRefused,
     InvariantError,
     OutOfDiskSpace,
@@ -48,6 +52,8 @@ from vmem_kv.tiers.copies import HostCopy, token_ids
 from vmem_kv.tiers.disk import DiskCopy, DiskTier
 from vmem_kv.tiers.files import ModelIdentity
 from vmem_kv.tiers.host import HostTier, Parking
+
+_LOG = logging.getLogger("vmem_kv")
 
 
 class Level(Enum):
@@ -93,7 +99,7 @@ class SessionStats(NamedTuple):
     n_on_disk: int
     n_resumed: int
     n_moved_down: int
-    n_gone: int  # by time or for want of room; those that were forgotten do not count
+    n_gone: int  # by time, for want of room, or with the disk; those that were forgotten do not count
 
 
 class _Session:
@@ -109,7 +115,7 @@ class _Session:
         self.slot_id: SlotId | None = None
         self.disk_copy: DiskCopy | None = None
         self.copying: Parking | None = None  # on its way to host memory, and on the device still
-        self.is_wanted = False  # on its way back: it does not make room for itself
+        self.is_wanted = False  # it does not go down: it is on its way back, or about to be
 
 
 class Sessions:
@@ -195,7 +201,8 @@ class Sessions:
                 self._finish_copying(session)
         slot_id = session.slot_id
         if slot_id is None:
-            slot_id = self._bring_back(session)
+            with _keeping(session):
+                slot_id = self._bring_back(session)
         session.slot_id = None
         self._enter(session, Level.IN_USE)
         self._n_resumed += 1
@@ -210,6 +217,10 @@ class Sessions:
                 had waited for a fence failed (`KVCache.retire`).
         """
         self._end(self._find(session_id, domain))
+
+    def give_up(self, session_id: str, *, domain: str = "") -> None:
+        """As `forget`, for want of room: the session counts as gone."""
+        self._lose(self._find(session_id, domain))
 
     def save(self, session_id: str, path: str | Path, identity: ModelIdentity, *, domain: str = "") -> None:
         """Write a session to a file. It stays where it is.
@@ -229,7 +240,8 @@ class Sessions:
             self._begin_copying(session, session.slot_id)
             self._finish_copying(session)
         elif session.host_copy.n_tokens < len(session.tokens):
-            self._read_back(session)
+            with _keeping(session):
+                self._read_back(session)
         files.save(path, self._host, session.host_copy, identity)
 
     def load(
@@ -245,7 +257,8 @@ class Sessions:
 
         Raises:
             UsageError: There is a session of that name in this domain. Nothing changed.
-            FileRefused: The file is truncated, altered, foreign, too long or from a newer version. Nothing changed.
+            FileRefused: The file is truncated, altered, foreign, too long, larger than all host memory or from a newer
+                version. Nothing changed.
             FileError: It cannot be read. Nothing changed.
             OutOfHostMemory: There is no host memory for it, although sessions there were moved down. Else nothing
                 changed.
@@ -275,7 +288,8 @@ class Sessions:
             VmemError: The first failure. That session is where it was, and its turn comes again at the next poll.
         """
         now_s = self._clock()
-        due = sorted((s for s in self._sessions.values() if s.due_s <= now_s), key=lambda session: session.due_s)
+        there = (s for s in self._sessions.values() if s.due_s <= now_s and not s.is_wanted)
+        due = sorted(there, key=lambda session: session.due_s)
         n_moved, failure = 0, self._retire_unwanted()
         for session in due[:max_sessions]:
             if session.key not in self._sessions or session.due_s > now_s:
@@ -350,6 +364,23 @@ class Sessions:
             UnknownSession: There is none of that name in this domain.
         """
         return self._find(session_id, domain).level
+
+    @contextlib.contextmanager
+    def wanted(self, session_id: str, *, domain: str = "") -> Iterator[None]:
+        """Let a session stay where it is meanwhile, whatever makes room: for a caller who is about to resume it.
+
+        `demote`, `forget` and `give_up` move it all the same.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+        """
+        with _keeping(self._find(session_id, domain)):
+            yield
+
+    def waiting(self) -> list[tuple[str, str]]:
+        """Domain and name of every session that waits: the lowest level first, and there the next to expire."""
+        levels = (Level.DISK, Level.HOST, Level.DEVICE)
+        return [session.key for level in levels for session in self._at(level)]
 
     def stats(self) -> SessionStats:
         """Return one snapshot."""
@@ -434,12 +465,25 @@ class Sessions:
         return True
 
     def _begin_copying(self, session: _Session, slot_id: SlotId) -> None:
-        """Begin to bring a session's host copy up to date, if need be in the place of others that go down."""
+        """Begin to bring a session's host copy up to date, if need be in the place of others that go down.
+
+        The rows are on the device. Where host memory is too small for what it holds of them and what it would hold,
+        what it holds goes first.
+        """
+        frames = self._host.frames
+        n_frames = frames.n_frames_for(len(session.tokens) * session.host_copy.layout.token_bytes)
+        self._host.poll()
+        if session.host_copy.n_readers:  # a restore failed, and the device cannot say that it reads no more
+            self._drop_host_copy(session)
         while session.copying is None:
             try:
                 session.copying = self._host.begin_copy(session.host_copy, self._cache, slot_id, session.tokens)
             except OutOfHostMemory:
-                if not self.push_down(Level.HOST):
+                if n_frames > frames.max_frames:
+                    raise
+                if session.host_copy.n_tokens and len(session.host_copy.frames) + n_frames > frames.max_frames:
+                    self._drop_host_copy(session)
+                elif not self.push_down(Level.HOST):
                     raise
 
     def _finish_copying(self, session: _Session) -> None:
@@ -447,7 +491,14 @@ class Sessions:
         if copying is not None:
             copying.finish()
 
+    def _drop_host_copy(self, session: _Session) -> None:
+        self._host.drop_when_quiet(session.host_copy)
+        session.host_copy = self._host.new_copy(session.host_copy.layout)
+
     def _to_disk(self, session: _Session, disk: DiskTier) -> None:
+        if disk.n_bytes_for(session.host_copy) > disk.max_bytes:
+            self._lose(session)
+            return
         while True:
             try:
                 session.disk_copy = disk.store(self._host, session.host_copy)
@@ -458,7 +509,11 @@ class Sessions:
                     self._lose(session)
                     return
                 self._lose(older[0])
-        self._host.drop(session.host_copy)
+            except FileError as error:
+                _LOG.warning("a session is lost, since it cannot go to disk: %s", error)
+                self._lose(session)
+                return
+        self._drop_host_copy(session)
         self._enter(session, Level.DISK)
         self._n_moved_down += 1
 
@@ -482,21 +537,17 @@ class Sessions:
         """Bring a session's rows from disk to host memory, where they are a spare."""
         if self._disk is None or session.disk_copy is None:
             raise InvariantError(f"session {session.key[1]!r} has lost its rows: somebody dropped its host copy")
-        session.is_wanted = True
-        try:
-            while True:
-                try:
-                    session.host_copy = self._disk.load(session.disk_copy, self._host)
-                    session.host_copy.is_spare = True
-                    return
-                except OutOfHostMemory:
-                    if not self.push_down(Level.HOST):
-                        raise
-        except FileRefused:
-            self._lose(session)
-            raise
-        finally:
-            session.is_wanted = False
+        while True:
+            try:
+                session.host_copy = self._disk.load(session.disk_copy, self._host)
+                session.host_copy.is_spare = True
+                return
+            except OutOfHostMemory:
+                if not self.push_down(Level.HOST):
+                    raise
+            except FileRefused:
+                self._lose(session)
+                raise
 
     def _retire_unwanted(self) -> VmemError | None:
         """Retire slots that were acquired in vain; return why one cannot be, for it to be tried again later."""
@@ -517,8 +568,18 @@ class Sessions:
         if session.copying is not None:
             session.copying.cancel()
         del self._sessions[session.key]
-        self._host.drop(session.host_copy)
+        self._host.drop_when_quiet(session.host_copy)
         if session.disk_copy is not None and self._disk is not None:
             self._disk.drop(session.disk_copy)
         if session.slot_id is not None:
             self._cache.retire(session.slot_id, fence)
+
+
+@contextlib.contextmanager
+def _keeping(session: _Session) -> Iterator[None]:
+    """Let a session stay where it is meanwhile. May be nested."""
+    before, session.is_wanted = session.is_wanted, True
+    try:
+        yield
+    finally:
+        session.is_wanted = before
