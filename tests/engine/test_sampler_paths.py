@@ -145,7 +145,7 @@ def test_penalties_are_those_of_the_definition() -> None:
 
 def test_who_ignores_ends_may_say_them_before_min_tokens() -> None:
     with engine_on() as engine:
-        [end] = engine._end_token_ids
+        [end] = engine.end_token_ids
         bias = {end: 100.0}
         free = Request(prompt_of(5), greedy(6, ignore_eos=True, min_tokens=6, logit_bias=bias))
         bound = Request(prompt_of(5), greedy(6, min_tokens=4, logit_bias=bias))

@@ -12,7 +12,7 @@ import pytest
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.checked import CheckedDriver
-from vmem_kv.errors import OutOfPages
+from vmem_kv.errors import OutOfPages, OutOfSlots
 from vmem_kv.growth import SlotId
 from vmem_kv.pages import PagePool
 from vmem_kv.premap import Premapper
@@ -21,7 +21,7 @@ from vmem_kv.testing.operations import MAX_TOKENS, odd_layout
 from vmem_kv.testing.shadow import HostWords, ShadowTags
 from vmem_kv.testing.stress import StressOptions, run_stress
 
-from ..core.subprocesses import run_python
+from ..core.subprocesses import TIMEOUT_S, run_python
 from .conftest import Record
 from .drivers import open_driver, physical_bytes
 
@@ -60,7 +60,7 @@ class Decoding:
         cache, lengths = self.cache, self.lengths
         while len(lengths) < 3:
             self.n_sequences += 1
-            lengths[cache.acquire(expected_tokens=40, domain=str(self.n_sequences % 2))] = 0
+            lengths[self._acquire(premapper, str(self.n_sequences % 2))] = 0
         wanted = {s: min(MAX_TOKENS, n + self.choose.randint(1, 3)) for s, n in lengths.items()}
         cache.ensure(wanted)
         for slot_id, n_tokens in wanted.items():
@@ -69,11 +69,20 @@ class Decoding:
         lengths.update(wanted)
         premapper.request(wanted)
         if in_turns:
-            assert premapper.wait_idle()
+            assert premapper.wait_idle(TIMEOUT_S)
         for slot_id in [s for s, n in wanted.items() if n == MAX_TOKENS]:
             del lengths[slot_id]
             cache.retire(slot_id)  # perhaps while the mapper maps for it
             cache.reclaim(1000)  # or there would soon be nothing left to map
+
+    def _acquire(self, premapper: Premapper, domain: str) -> SlotId:
+        """As an engine does: the one slot that nobody has may be the mapper's, or a kernel's, for another moment."""
+        try:
+            return self.cache.acquire(expected_tokens=40, domain=domain)
+        except OutOfSlots:
+            assert premapper.wait_idle(TIMEOUT_S)
+            self.cache.settle()
+            return self.cache.acquire(expected_tokens=40, domain=domain)
 
     def close(self) -> None:
         self.faulty.plan = no_faults
@@ -90,7 +99,7 @@ def test_a_batch_decodes_with_the_mapper_at_its_heels(driver: Driver, driver_nam
     with Premapper(decoding.cache, 6) as premapper:
         for _ in range(N_STEPS):
             decoding.step(premapper)
-        assert premapper.wait_idle()
+        assert premapper.wait_idle(TIMEOUT_S)
         assert premapper.error is None
     decoding.close()
     assert premapper.n_pages > 100
@@ -150,7 +159,7 @@ def test_threads_on_one_pool_lose_nothing(driver_name: str, fault_share: float, 
     options = StressOptions(driver_name, 1, 20_000, None, fault_share, n_threads=4)
     progress = run_stress(options, lambda: open_driver(driver_name))
     assert progress.findings == []
-    assert progress.n_ops == 20_000
+    assert 20_000 <= progress.n_ops < 20_010  # a step that parks does more than one
     record(
         "4 threads on one pool",
         driver_name,
