@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _show(console, checks, traffic.tally, counters)
     if options.json:
         record = {
-            **about,
+            "run": about,
             "model": name,
             "minutes": options.minutes,
             "serve_options": serve_options,
