@@ -172,17 +172,9 @@ class Engine:
         self.memory = self.route.memory
         self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
         """The most tokens of a sequence that fit: in the model's length, and in the memory budget."""
-        if self.max_tokens_alone < LEAST_TOKENS:
-            least_bytes = self.memory.n_pages(LEAST_TOKENS) * self.memory.pool.page_bytes
-            has_bytes = self.memory.pool.max_pages * self.memory.pool.page_bytes
-            self.route.close()
-            self._unpack()
-            raise ConfigError(
-                f"max_bytes is {config.cache.max_bytes or has_bytes}, which holds no sequence of {LEAST_TOKENS} "
-                f"tokens; set it to {least_bytes} or more"
-            )
         self.end_token_ids = _end_token_ids(model)
         try:
+            self._require_room()
             self.slots, self._sessions = open_slots(self.route, config, clock)
         except BaseException:
             self.route.close()
@@ -382,6 +374,17 @@ class Engine:
         if self._sessions is None:
             raise UnknownSession("this engine keeps no sessions: no host_bytes, or a model with state beside its slots")
         return self._sessions
+
+    def _require_room(self) -> None:
+        """Raise ConfigError where the budget holds no sequence at all."""
+        if self.max_tokens_alone >= LEAST_TOKENS:
+            return
+        pool = self.memory.pool
+        has_bytes = self.config.cache.max_bytes or pool.max_pages * pool.page_bytes
+        raise ConfigError(
+            f"max_bytes is {has_bytes}, which holds no sequence of {LEAST_TOKENS} tokens; "
+            f"set it to {self.memory.n_pages(LEAST_TOKENS) * pool.page_bytes} or more"
+        )
 
     def _schedule(self, updates: list[SequenceUpdate]) -> StepPlan:
         """Choose what to compute, and map its pages."""
