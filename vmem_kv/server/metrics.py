@@ -6,7 +6,7 @@ Guarantees: the engine's numbers are those of one snapshot, taken when they are 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -104,8 +104,7 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
         "mappings": ("Live mappings.", cache.n_mappings),
         "mappings_max": ("The limit on mappings.", cache.max_mappings),
     }
-    for name, (text, value) in gauges.items():
-        yield GaugeMetricFamily(f"vmem_kv_{name}", text, value)
+    yield from _each(GaugeMetricFamily, "", gauges)
     counters = {
         "steps": ("Engine steps.", stats.n_steps),
         "prompt_tokens": ("Prompt tokens computed.", stats.n_prompt_tokens),
@@ -115,8 +114,7 @@ def _engine_metrics(stats: EngineStats, health: Health, n_rejected: int) -> Iter
         "preemptions": ("Times that a sequence lost its slot.", stats.n_preempted),
         "recomputed_tokens": ("Tokens given up by preemptions.", stats.n_recomputed_tokens),
     }
-    for name, (text, number) in counters.items():
-        yield CounterMetricFamily(f"vmem_kv_{name}", text, number)
+    yield from _each(CounterMetricFamily, "", counters)
     pages = GaugeMetricFamily("vmem_kv_pages", "Pages by state.", labels=("state",))
     for state, n in stats.n_pages_by_state.items():
         pages.add_metric([state], n)
@@ -161,8 +159,7 @@ def _tier_metrics(tiers: TierFigures) -> Iterator[Metric]:
         "sessions_gone": ("Sessions that ended, by time or for want of room.", tiers.sessions.n_gone),
         "session_tokens": ("Tokens that were not computed, because a session had them.", tiers.n_session_tokens),
     }
-    for name, (text, value) in counters.items():
-        yield CounterMetricFamily(f"vmem_kv_{name}", text, value)
+    yield from _each(CounterMetricFamily, "", counters)
 
 
 def _prefix_metrics(prefixes: PrefixStats) -> Iterator[Metric]:
@@ -172,8 +169,7 @@ def _prefix_metrics(prefixes: PrefixStats) -> Iterator[Metric]:
         "pages": ("Pages that only cached prefixes and sessions keep.", prefixes.n_held_pages),
         "pages_max": ("The bound on these pages.", prefixes.max_pages),
     }
-    for name, (text, value) in gauges.items():
-        yield GaugeMetricFamily(f"vmem_kv_prefix_{name}", text, value)
+    yield from _each(GaugeMetricFamily, "prefix_", gauges)
     counters = {
         "lookups": ("Sequences that started.", prefixes.n_lookups),
         "hits": ("Of them, those that began with cached tokens.", prefixes.n_hits),
@@ -183,5 +179,12 @@ def _prefix_metrics(prefixes: PrefixStats) -> Iterator[Metric]:
         "evictions": ("Cached prefixes given up.", prefixes.n_evicted),
         "evicted_pages": ("Pages that came free by that.", prefixes.n_evicted_pages),
     }
-    for name, (text, value) in counters.items():
-        yield CounterMetricFamily(f"vmem_kv_prefix_{name}", text, value)
+    yield from _each(CounterMetricFamily, "prefix_", counters)
+
+
+def _each(
+    family: type[GaugeMetricFamily | CounterMetricFamily], prefix: str, values: Mapping[str, tuple[str, float]]
+) -> Iterator[Metric]:
+    """A metric without labels for each (what it says, its value)."""
+    for name, (text, value) in values.items():
+        yield family(f"vmem_kv_{prefix}{name}", text, value)
