@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tests.hf.architectures import SPECIAL_TOKENS, VOCABULARY, build_model
+from tests.hf.architectures import build_model, common
 from vmem_kv.engine import engine as engine_module
 from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.llm import make_config
@@ -23,21 +23,6 @@ from .harness import backend, greedy, prompt_of, run, tokens
 BORDER = 32
 MAX_POSITIONS = 96
 ROUTES = ["packed", "rows"]
-
-
-def common(**overrides: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": MAX_POSITIONS,
-        "tie_word_embeddings": False,
-        **SPECIAL_TOKENS,
-        **overrides,
-    }
 
 
 def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -54,7 +39,11 @@ def build(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
 def rope_llama(rope: dict[str, Any]) -> PreTrainedModel:
     return build(
         transformers.LlamaForCausalLM,
-        transformers.LlamaConfig(**common(head_dim=64, rope_parameters={"rope_theta": 10_000.0, **rope})),
+        transformers.LlamaConfig(
+            **common(
+                max_position_embeddings=MAX_POSITIONS, head_dim=64, rope_parameters={"rope_theta": 10_000.0, **rope}
+            )
+        ),
     )
 
 
@@ -73,14 +62,20 @@ def longrope() -> PreTrainedModel:
 def recurrent_gemma() -> PreTrainedModel:
     return build(
         transformers.RecurrentGemmaForCausalLM,
-        transformers.RecurrentGemmaConfig(**common(num_hidden_layers=3, lru_width=64)),
+        transformers.RecurrentGemmaConfig(
+            **common(max_position_embeddings=MAX_POSITIONS, num_hidden_layers=3, lru_width=64)
+        ),
     )
 
 
 def bidirectional_gemma() -> PreTrainedModel:
     return build(
         transformers.Gemma3ForCausalLM,
-        transformers.Gemma3TextConfig(**common(head_dim=64, sliding_window=8, use_bidirectional_attention=True)),
+        transformers.Gemma3TextConfig(
+            **common(
+                max_position_embeddings=MAX_POSITIONS, head_dim=64, sliding_window=8, use_bidirectional_attention=True
+            )
+        ),
     )
 
 

@@ -56,7 +56,8 @@ class Architecture:
         return bool(self.layer_kinds & {"linear_attention", "conv", "hybrid"})
 
 
-def _common(**overrides: Any) -> dict[str, Any]:
+def common(**overrides: Any) -> dict[str, Any]:
+    """What the tiny configurations have in common, and what one of them has instead."""
     fields: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -73,11 +74,11 @@ def _common(**overrides: Any) -> dict[str, Any]:
 
 
 def _llama() -> PreTrainedConfig:
-    return transformers.LlamaConfig(**_common(head_dim=64, num_hidden_layers=3))
+    return transformers.LlamaConfig(**common(head_dim=64, num_hidden_layers=3))
 
 
 def _qwen3() -> PreTrainedConfig:
-    return transformers.Qwen3Config(**_common(head_dim=64, num_key_value_heads=1))
+    return transformers.Qwen3Config(**common(head_dim=64, num_key_value_heads=1))
 
 
 def _gpt2() -> PreTrainedConfig:
@@ -94,7 +95,7 @@ def _gpt2() -> PreTrainedConfig:
 
 def _qwen2_moe() -> PreTrainedConfig:
     return transformers.Qwen2MoeConfig(
-        **_common(
+        **common(
             hidden_size=128,
             moe_intermediate_size=32,
             shared_expert_intermediate_size=32,
@@ -105,18 +106,18 @@ def _qwen2_moe() -> PreTrainedConfig:
 
 
 def _mistral() -> PreTrainedConfig:
-    return transformers.MistralConfig(**_common(head_dim=64, sliding_window=WINDOW))
+    return transformers.MistralConfig(**common(head_dim=64, sliding_window=WINDOW))
 
 
 def _gemma2() -> PreTrainedConfig:
     return transformers.Gemma2Config(
-        **_common(head_dim=64, sliding_window=WINDOW, query_pre_attn_scalar=64, attn_logit_softcapping=50.0)
+        **common(head_dim=64, sliding_window=WINDOW, query_pre_attn_scalar=64, attn_logit_softcapping=50.0)
     )
 
 
 def _gemma3() -> PreTrainedConfig:
     return transformers.Gemma3TextConfig(
-        **_common(
+        **common(
             head_dim=64,
             num_hidden_layers=3,
             sliding_window=WINDOW,
@@ -127,7 +128,7 @@ def _gemma3() -> PreTrainedConfig:
 
 def _gpt_oss() -> PreTrainedConfig:
     return transformers.GptOssConfig(
-        **_common(
+        **common(
             head_dim=64,
             sliding_window=WINDOW,
             num_local_experts=4,
@@ -139,7 +140,7 @@ def _gpt_oss() -> PreTrainedConfig:
 
 def _llama4() -> PreTrainedConfig:
     return transformers.Llama4TextConfig(
-        **_common(
+        **common(
             head_dim=64,
             num_hidden_layers=4,
             intermediate_size_mlp=96,
@@ -153,7 +154,7 @@ def _llama4() -> PreTrainedConfig:
 def _gemma3n() -> PreTrainedConfig:
     pattern = ["sliding_attention"] * 4 + ["full_attention"]
     return transformers.Gemma3nTextConfig(
-        **_common(
+        **common(
             head_dim=64,
             num_hidden_layers=10,
             num_kv_shared_layers=5,
@@ -169,7 +170,7 @@ def _gemma3n() -> PreTrainedConfig:
 
 def _deepseek_v3() -> PreTrainedConfig:
     return transformers.DeepseekV3Config(
-        **_common(
+        **common(
             num_key_value_heads=4,
             moe_intermediate_size=32,
             n_routed_experts=4,
@@ -188,7 +189,7 @@ def _deepseek_v3() -> PreTrainedConfig:
 
 def _qwen3_next() -> PreTrainedConfig:
     return transformers.Qwen3NextConfig(
-        **_common(
+        **common(
             head_dim=64,
             num_hidden_layers=4,
             linear_key_head_dim=16,
@@ -205,7 +206,7 @@ def _qwen3_next() -> PreTrainedConfig:
 
 def _jamba() -> PreTrainedConfig:
     return transformers.JambaConfig(
-        **_common(
+        **common(
             hidden_size=128,
             num_hidden_layers=4,
             num_experts=2,
@@ -220,7 +221,7 @@ def _jamba() -> PreTrainedConfig:
 
 def _bamba() -> PreTrainedConfig:
     return transformers.BambaConfig(
-        **_common(
+        **common(
             hidden_size=128,
             num_hidden_layers=3,
             attn_layer_indices=[0, 2],
@@ -233,7 +234,7 @@ def _bamba() -> PreTrainedConfig:
 
 def _falcon_h1() -> PreTrainedConfig:
     return transformers.FalconH1Config(
-        **_common(
+        **common(
             hidden_size=128,
             mamba_d_ssm=128,
             mamba_expand=1,
@@ -246,7 +247,7 @@ def _falcon_h1() -> PreTrainedConfig:
 
 def _lfm2() -> PreTrainedConfig:
     return transformers.Lfm2Config(
-        **_common(hidden_size=128, num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2)
+        **common(hidden_size=128, num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2)
     )
 
 
