@@ -17,7 +17,7 @@ from vmem_kv.driver.host_mapper import ABI, NativeMapper, open_mapper
 from vmem_kv.errors import ConfigError, OutOfAddressSpace, OutOfMappings, UsageError
 from vmem_kv.machine import describe_machine
 from vmem_kv.pages import PagePool
-from vmem_kv.testing import HostMemory
+from vmem_kv.testing import HostMemory, check_driver
 
 from ..held import open_files
 from .subprocesses import output_of, run_python
@@ -243,6 +243,17 @@ def test_huge_pages_are_refused_where_there_are_none(path: str) -> None:
         HostDriver(path, huge_pages=True)
 
 
+def test_over_huge_pages_the_driver_keeps_the_contract(path: str) -> None:
+    machine = describe_machine()
+    if machine.n_huge_pages_free < 64:
+        pytest.skip("fewer than 64 huge pages are free here: the driver over hugetlbfs is not shown")
+    report = check_driver(lambda: HostDriver(path, huge_pages=True))
+    assert report.n_checks >= 100
+    driver = HostDriver(path, huge_pages=True)
+    assert driver.info.granularity_bytes == machine.huge_page_bytes
+    driver.close()
+
+
 def test_a_native_part_that_is_missing_is_a_config_error_only_if_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -373,7 +384,8 @@ def lay_out_machine(root: Path, *, memory_kb: int, cgroup_bytes: int | None = No
 def test_a_pool_larger_than_the_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     lay_out_machine(tmp_path, memory_kb=1024)
     machine = describe_machine(tmp_path)
-    monkeypatch.setattr("vmem_kv.driver.host.describe_machine", lambda: machine)
+    for name in ("describe_machine", "describe_memory"):
+        monkeypatch.setattr(f"vmem_kv.driver.host.{name}", lambda: machine)
     driver = HostDriver(path)
     assert driver.info.memory_bytes == 1 << 20
     n_most = int((1 << 20) * 0.9) // PAGE
@@ -389,7 +401,8 @@ def test_a_pool_larger_than_its_cgroup_is_refused(tmp_path: Path, monkeypatch: p
     machine = describe_machine(tmp_path)
     assert machine.cgroup_limit_bytes == 8 << 20
     assert machine.usable_memory_bytes == 4 << 20
-    monkeypatch.setattr("vmem_kv.driver.host.describe_machine", lambda: machine)
+    for name in ("describe_machine", "describe_memory"):
+        monkeypatch.setattr(f"vmem_kv.driver.host.{name}", lambda: machine)
     driver = HostDriver(path)
     with pytest.raises(ConfigError, match="lower max_bytes"):
         PagePool(driver, PAGE, (4 << 20) // PAGE)

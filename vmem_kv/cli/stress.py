@@ -26,7 +26,7 @@ DEFAULT_OPS = 100_000
 
 
 def stress(
-    driver: Annotated[str, typer.Option(help="host, host:native, host:python or cuda:0.")] = "host",
+    driver: Annotated[str, typer.Option(help="host, host:native, host:python, host:huge (hugetlbfs) or cuda:0.")] = "host",
     seed: Annotated[int, typer.Option(min=0, help="All that is chosen depends on it.")] = 1,
     ops: Annotated[
         int | None,
