@@ -21,12 +21,6 @@ FROM_A_CHANGED_CHECKOUT = {
     # Results from before programs refused this. Their commit is the one that was being changed.
     "allocator-cpu.json": "written by another program, which does not refuse",
     "park-cpu.json": "written by another program, which does not refuse",
-    "prefix-claude.json": "from the change that brought the policy; only counts are quoted, and they repeat exactly",
-    "prefix-held-claude.json": "likewise",
-    "prefix-held-recorded.json": "likewise",
-    "prefix-held-sessions.json": "likewise",
-    "prefix-recorded.json": "likewise",
-    "prefix-sessions.json": "likewise",
 }
 
 
