@@ -17,6 +17,7 @@ Source: the epoch of rule 3 in docs/design.md; kvcached (issue 463) met the fail
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class StepCounter:
     def __init__(self, record: Callable[[], Fence]) -> None:
         self._record = record
         self._changed = threading.Condition()
-        self._n_begun = 0
+        self._numbers = itertools.count()
         self._open: set[int] = set()
 
     @property
@@ -50,9 +51,9 @@ class StepCounter:
     def begin(self) -> int:
         """Open a step and return its number; for users that end elsewhere, as a captured graph does."""
         with self._changed:
-            self._n_begun += 1
-            self._open.add(self._n_begun)
-            return self._n_begun
+            step = next(self._numbers)
+            self._open.add(step)
+            return step
 
     def end(self, step: int) -> None:
         """Close a step: its batch was launched, or was dropped, or its graph will not be launched again.

@@ -37,6 +37,7 @@ INFO = DriverInfo("test", "cpu", 4096, 1000, True, 2, False, 1 << 40, 1 << 46, "
     [
         *[("0", 0), ("64k", 64 * KIB), ("1.5GiB", 3 * GIB // 2), (" 2 MB ", 2 * MIB), (7, 7), ("1b", 1), ("0.3", 0)],
         ("9007199254740993", 9007199254740993),  # one more than a float can tell apart
+        *[("1k", 1024), ("1m", 1024**2), ("1g", 1024**3), ("1t", 1024**4), ("2.25t", 9 * 1024**4 // 4)],
     ],
 )
 def test_sizes_are_read(text: str | int, n_bytes: int) -> None:
@@ -50,9 +51,10 @@ def test_what_is_no_size_is_a_config_error(text: str | int) -> None:
 
 
 def test_sizes_are_written_for_people() -> None:
-    assert [format_bytes(n) for n in (0, 1023, 1536, 3 * MIB, GIB << 30)] == [
-        *("0 B", "1023 B", "1.50 KiB", "3.00 MiB", "1024.00 PiB")
+    assert [format_bytes(n) for n in (0, 1023, 1024, 1536, 3 * 1024**2, 1024**6)] == [
+        *("0 B", "1023 B", "1.00 KiB", "1.50 KiB", "3.00 MiB", "1024.00 PiB")
     ]
+    assert format_bytes(1024**4) == "1.00 TiB"
 
 
 def test_rounding_goes_up_and_only_up() -> None:
