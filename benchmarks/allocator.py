@@ -206,8 +206,8 @@ def measure_pages(path: str, page_bytes: int, growth: Growth, n_rounds: int, bar
         slots = [SlotId(index) for index in range(growth.n_slots)]
         token_bytes = cache.layout.planes[0].token_bytes
         first, last = (dict.fromkeys(slots, page_bytes * n // token_bytes) for n in (1, 1 + n_more))
-        region = cache.region
-        planes = [run.address for run in plan_growth(cache.layout, region.reservation.base, region.mapped, first).runs]
+        table = cache.region.table
+        planes = [run.address for run in plan_growth(cache.layout, table.base, table.mapped, first).runs]
         n_pages = len(planes) * n_more
         bare = Bare(open_mapper(path), fd, planes, page_bytes)
         for _ in range(n_rounds):

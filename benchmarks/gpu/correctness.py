@@ -305,7 +305,7 @@ def _check_graph(shape: Shape, dtype_name: str, bench: Bench, report: Reporter) 
 
         region, layout = sequences.cache.region, sequences.cache.layout
         old: list[tuple[int, list[Handle]]] = []
-        for plane, handles in zip(layout.planes, region.handles()[sequences.slots[0]], strict=True):
+        for plane, handles in zip(layout.planes, region.table.handles[sequences.slots[0]], strict=True):
             old.append((region.reservation.base + plane.base_bytes + sequences.slots[0] * plane.span_bytes, handles))
         spans = [(base, len(handles) * page_bytes) for base, handles in old]
         new: list[Handle] = []

@@ -347,7 +347,7 @@ def test_the_primary_context_is_current_in_every_call_and_in_our_own_threads(
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [0, int(driver._context)]
+    assert seen == [0, int(driver._context.handle)]
 
 
 def test_the_context_of_another_device_is_left_as_it_was_found(emulator: Emulator) -> None:
@@ -355,16 +355,16 @@ def test_the_context_of_another_device_is_left_as_it_was_found(emulator: Emulato
 
     emulator.set_n_devices(2)
     first, second = CudaDriver(0, NoRuntime(), ledger=Ledger()), CudaDriver(1, NoRuntime(), ledger=Ledger())
-    cuda.cuCtxSetCurrent(second._context)
+    cuda.cuCtxSetCurrent(second._context.handle)
     pages = Pages(first, 2)
     first.scrub([(pages.places[0], PAGE)])
     assert first.fence().passed()
     pages.free()
     with pytest.raises(UsageError, match="not a live page"):
         first.release(PAGE, pages.handles)
-    assert int(cuda.cuCtxGetCurrent()[1]) == int(second._context)
+    assert int(cuda.cuCtxGetCurrent()[1]) == int(second._context.handle)
     first.close()
-    assert int(cuda.cuCtxGetCurrent()[1]) == int(second._context)
+    assert int(cuda.cuCtxGetCurrent()[1]) == int(second._context.handle)
     second.close()
 
 

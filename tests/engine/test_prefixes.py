@@ -248,7 +248,7 @@ def alias_tails(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(layout: Any, source: Any, target: Any, n_tokens: int) -> Any:
         return plan_fork(layout, source, target, -(-n_tokens // PAGE_TOKENS) * PAGE_TOKENS)
 
-    monkeypatch.setattr("vmem_kv.cache.plan_fork", planned)
+    monkeypatch.setattr("vmem_kv.exchange.plan_fork", planned)
 
 
 def copy_no_tails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_pages_that_are_counted_come_free() -> None:
     """What is said to be held is what lies under cached slots only, and comes free with them, whoever shares."""
     with engine_on(max_num_seqs=6, max_batch_tokens=64, **OPTIONS) as engine:
         slots, memory = slots_of(engine), engine.memory
-        pages_under = memory.cache.region.distinct_pages
+        pages_under = memory.cache.region.table.distinct_pages
         n_shared = 0
         for round_index in range(6):
             for request in conversations(random.Random(round_index), 12):
@@ -353,7 +353,7 @@ def test_pages_that_are_counted_come_free() -> None:
                 others = pages_under((cached | used) - {one})
                 assert slots._pages.freed_by(one) == len(pages_under([one]) - others)
                 n_live = slots._pages.n_live(one, PAGE_TOKENS)
-                first_pages = {handles[0] for handles in memory.cache.region.handles()[one]}
+                first_pages = {handles[0] for handles in memory.cache.region.table.handles[one]}
                 assert n_live == len(first_pages & pages_under(used))
             n_before = memory.n_available_pages()
             assert slots.give_way(1 << 30)

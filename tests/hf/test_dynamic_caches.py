@@ -62,7 +62,7 @@ def test_a_plain_forward_pass_makes_a_cache_of_ours(architecture: Architecture) 
     with dynamic_caches_on_vmem() as store, torch.no_grad():
         cache = model(**inputs, use_cache=True)[architecture.cache_argument]
         cache = getattr(cache, "self_attention_cache", cache)
-        assert ("vmem_kv.integrations.hf" in _modules_of_layers(cache)) == architecture.has_kv
+        assert ("vmem_kv.integrations.hf_layers" in _modules_of_layers(cache)) == architecture.has_kv
         assert (store.stats().live_bytes > 0) == architecture.has_kv
         del cache
         assert store.stats().n_owned_pages == 0
@@ -74,7 +74,7 @@ def test_the_mapping_is_put_back_also_after_an_error() -> None:
 
     def fail() -> None:
         with dynamic_caches_on_vmem():
-            assert _modules_of_layers(DynamicCache(config=config)) == {"vmem_kv.integrations.hf"}
+            assert _modules_of_layers(DynamicCache(config=config)) == {"vmem_kv.integrations.hf_layers"}
             assert before != DYNAMIC_LAYER_TYPE_MAPPING
             raise KeyError("planted")
 

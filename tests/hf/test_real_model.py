@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from vmem_kv import VmemCache, models
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.real_model,
     pytest.mark.timeout(600),  # the first time on a machine, the model is converted
 ]
 

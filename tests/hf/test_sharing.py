@@ -537,11 +537,11 @@ def exchange_in_vain(*args: Any) -> list[Any]:
 PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "tails are not copied": lambda patch: patch.setattr(RegionTensors, "tails", tails_stay),
     "tails are aliased": lambda patch: (
-        patch.setattr("vmem_kv.cache.plan_fork", alias_tails),
-        patch.setattr("vmem_kv.cache.tail_copies", exchange_in_vain),
+        patch.setattr("vmem_kv.exchange.plan_fork", alias_tails),
+        patch.setattr("vmem_kv.exchange.tail_copies", exchange_in_vain),
     ),
-    "pages are not exchanged": lambda patch: patch.setattr("vmem_kv.cache.plan_share", exchange_in_vain),
-    "tails of forks are not copied": lambda patch: patch.setattr("vmem_kv.cache.tail_copies", exchange_in_vain),
+    "pages are not exchanged": lambda patch: patch.setattr("vmem_kv.exchange.plan_share", exchange_in_vain),
+    "tails of forks are not copied": lambda patch: patch.setattr("vmem_kv.exchange.tail_copies", exchange_in_vain),
 }
 
 

@@ -128,7 +128,7 @@ class SlotMemory:
     def n_mapped_pages(self, slot_id: SlotId) -> int:
         """Pages under a slot now."""
         with self.pool.lock:
-            return self.cache.region.n_pages(slot_id)
+            return self.cache.region.table.n_pages(slot_id)
 
     def n_available_pages(self) -> int:
         """Pages that growth could have now: unused ones and those of slots that nobody owns."""

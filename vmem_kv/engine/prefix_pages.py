@@ -36,7 +36,7 @@ class CachedPages(PageCounts[SlotId]):
 
     def __init__(self, cache: KVCache) -> None:
         self.slot_ids: set[SlotId] = set()
-        self._region = cache.region
+        self._table = cache.region.table
         self._lock = cache.pool.lock
         planes = cache.layout.planes
         n_alike = Counter(plane.token_bytes for plane in planes)
@@ -47,20 +47,20 @@ class CachedPages(PageCounts[SlotId]):
     def held(self) -> int:
         """Distinct pages that lie under cached slots and nowhere else: what giving up all of them frees."""
         with self._lock:
-            if not self._region.shares:
+            if not self._table.shares:
                 return sum(self._n_mapped(slot_id) for slot_id in self.slot_ids)
             return sum(
-                kind.n_planes * sum(n >= self._region.shares.n_tables(handle) for handle, n in self._uses(kind).items())
+                kind.n_planes * sum(n >= self._table.shares.n_tables(handle) for handle, n in self._uses(kind).items())
                 for kind in self._kinds
             )
 
     def freed_by(self, key: SlotId) -> int:
         """Pages that lie under this slot and no other."""
         with self._lock:
-            if not self._region.shares:
+            if not self._table.shares:
                 return self._n_mapped(key)
             return sum(
-                kind.n_planes * sum(self._region.shares.n_tables(handle) == 1 for handle in self._handles(key, kind))
+                kind.n_planes * sum(self._table.shares.n_tables(handle) == 1 for handle in self._handles(key, kind))
                 for kind in self._kinds
             )
 
@@ -72,14 +72,14 @@ class CachedPages(PageCounts[SlotId]):
                 n_full = n_tokens * kind.token_bytes // self._page_bytes
                 if slot_id not in self.slot_ids:
                     n_live += kind.n_planes * n_full
-                elif self._region.shares:
+                elif self._table.shares:
                     uses = self._uses(kind)
                     shared = self._handles(slot_id, kind)[:n_full]
-                    n_live += kind.n_planes * sum(uses[h] < self._region.shares.n_tables(h) for h in shared)
+                    n_live += kind.n_planes * sum(uses[h] < self._table.shares.n_tables(h) for h in shared)
             return n_live
 
     def _n_mapped(self, slot_id: SlotId) -> int:
-        ranges = self._region.mapped[slot_id]
+        ranges = self._table.mapped[slot_id]
         return sum(
             kind.n_planes * (ranges[kind.plane_index].end - ranges[kind.plane_index].first) for kind in self._kinds
         )
@@ -89,4 +89,4 @@ class CachedPages(PageCounts[SlotId]):
         return Counter(handle for slot_id in self.slot_ids for handle in self._handles(slot_id, kind))
 
     def _handles(self, slot_id: SlotId, kind: _Kind) -> list[Handle]:
-        return self._region.handles()[slot_id][kind.plane_index]
+        return self._table.handles[slot_id][kind.plane_index]

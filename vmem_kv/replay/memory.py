@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import NewType, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, NewType, Protocol
 
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.base import Driver
@@ -30,6 +30,13 @@ Key = NewType("Key", int)
 
 Shortage = type[CapacityError]
 """What there is too little of, as the error that says so."""
+
+
+class Fit(NamedTuple):
+    """What a budget holds side by side."""
+
+    n_sequences: int = 0
+    is_full: bool = False  # whether the next one did not fit; else there were no more
 
 
 class Memory(Protocol):
@@ -113,6 +120,17 @@ class Memory(Protocol):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+class StudiedMemory(Memory, Protocol):
+    """One whose sequences need what their lengths say and nothing else, so that it is known what fits."""
+
+    def n_at_once(self, lengths: Iterable[int]) -> Fit:
+        """How many sequences of these lengths, in this order, the budget holds side by side.
+
+        Nothing is left free for growth. One that could not run alone is passed over; the first other that does not fit
+        ends it. What runs now does not matter, and nothing changes.
+        """
 
 
 class AllocatorMemory:
@@ -214,6 +232,21 @@ class AllocatorMemory:
             return OutOfMappings
         return None
 
+    def n_at_once(self, lengths: Iterable[int]) -> Fit:
+        """How many sequences of these lengths, in this order, the budget and the limit on mappings hold side by side.
+
+        Slots do not count: there can be as many as are asked for.
+        """
+        fit, n_pages = Fit(), 0
+        for n_tokens in lengths:
+            if self.obstacle(n_tokens) is None:
+                n_pages += self.layout.n_pages(n_tokens)
+                n_mappings = self._mappings(n_pages, fit.n_sequences + 1)
+                if n_pages > self._pool.max_pages or n_mappings > self._driver.info.max_mappings:
+                    return Fit(fit.n_sequences, is_full=True)
+                fit = Fit(fit.n_sequences + 1)
+        return fit
+
     def begin(self, n_tokens: int, expected_tokens: int, request: Request | None = None) -> Key:
         began = time.perf_counter_ns()
         slot_id = self.cache.acquire(expected_tokens=expected_tokens)
@@ -278,7 +311,7 @@ class AllocatorMemory:
 
     def _note(self, slot_id: SlotId) -> None:
         """Take over what a slot holds now."""
-        n_pages = self.cache.region.n_pages(slot_id)
+        n_pages = self.cache.region.table.n_pages(slot_id)
         self._n_active_pages += n_pages - self._n_pages.get(slot_id, 0)
         self._n_pages[slot_id] = n_pages
         self._capacity[slot_id] = self.cache.token_capacity(slot_id)
