@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ class Opened:
         self.cache.settle()
         self.cache.close()
         self.pool.trim()
+        assert not self.deaths  # whoever lets go needs not be told
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
@@ -74,6 +76,7 @@ def test_rows_and_views_show_the_same_tokens(driver: Driver, kind: str, dtype: t
                 first = slot_id * kv.span_tokens
                 expected = written[layer_index, is_value][slot_id].transpose(0, 1)
                 assert torch.equal(rows[first : first + MAX_TOKENS].float(), expected.float())
+                rows[first].copy_(rows[first + 1])  # they can be written as well
     del kv, rows, view
     opened.close()
 
@@ -103,15 +106,19 @@ def test_a_cache_does_not_close_under_its_tensors(driver: Driver) -> None:
 def test_tensors_of_a_closed_cache_say_so(driver: Driver) -> None:
     opened = Opened(driver, "per_layer", LayerSpec.uniform(N_HEADS, HEAD_DIM, 4))
     opened.cache.close()  # the object that makes views is no view
+    assert opened.tensors.let_go()  # again
     with pytest.raises(UsageError, match="the cache is closed"):
         opened.tensors.layer(0, torch.float32)
 
 
-def test_what_kernels_get_can_be_printed(driver: Driver) -> None:
+def test_what_kernels_get_can_be_printed_and_not_changed(driver: Driver) -> None:
     opened = Opened(driver, "per_layer", LayerSpec.uniform(N_HEADS, HEAD_DIM, 4))
     kv = opened.tensors.layer(0, torch.float32)
-    assert "span_tokens=" in repr(kv)
+    assert repr(kv) == f"SlotKV(n_rows={N_SLOTS * kv.span_tokens}, span_tokens={kv.span_tokens}, dtype=torch.float32)"
     assert kv != opened.tensors.layer(0, torch.float32)  # without looking at what is not mapped
+    with pytest.raises(FrozenInstanceError):
+        kv.span_tokens = 1  # type: ignore[misc]
+    assert not hasattr(kv, "__dict__")
     del kv
     opened.close()
 
@@ -168,6 +175,7 @@ OVER_READ = """
     from vmem_kv.attention.choose import choose
     from vmem_kv.driver.ledger import Ledger
     from vmem_kv.layout import LayerSpec
+    from vmem_kv.tensors import RegionTensors
 
     n_heads, head_dim = 2, 64
     tokens_a_page = PAGE // (n_heads * head_dim * 4)
@@ -189,6 +197,7 @@ OVER_READ = """
         )
         output = kernel(torch.randn(sum(n_new), 4, head_dim), kv, batch)
         assert output.isfinite().all()
+    kept = RegionTensors(opened.cache, lambda: print("called at the process's end, when nobody needs it"))
     print("read nothing behind the last page")
     """
 

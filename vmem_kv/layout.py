@@ -63,11 +63,10 @@ class LayerSpec(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What stands in one place of a token's row: one tensor's heads `[first_head, first_head + n_heads)`."""
+    """What stands in one place of a token's row: some heads of one tensor, or all of them."""
 
     layer_index: int
     is_value: bool
-    first_head: int
     n_heads: int
 
 
@@ -188,15 +187,15 @@ def _piece_bytes(layers: Sequence[LayerSpec], piece: Piece) -> int:
 
 
 def _whole(layers: Sequence[LayerSpec], layer_index: int, is_value: bool) -> Piece:
-    return Piece(layer_index, is_value, 0, layers[layer_index][is_value].n_heads)
+    return Piece(layer_index, is_value, layers[layer_index][is_value].n_heads)
 
 
 def _per_head(layers: Sequence[LayerSpec], group: int) -> list[list[Piece]]:
     return [
-        [Piece(i, is_value, head, 1)]
+        [Piece(i, is_value, 1)]
         for i, layer in enumerate(layers)
         for is_value in (False, True)
-        for head in range(layer[is_value].n_heads)
+        for _ in range(layer[is_value].n_heads)
     ]
 
 

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """The limits that matter to a virtual-memory cache, in bytes and counts."""
+class Memory:
+    """What is left of this machine's memory, in bytes and counts."""
 
-    os_page_bytes: int
-    n_cpus: int
     memory_total_bytes: int
     memory_available_bytes: int
     cgroup_limit_bytes: int | None
     cgroup_used_bytes: int | None
-    max_map_count: int
-    n_mappings_now: int
-    address_space_limit_bytes: int | None  # RLIMIT_AS
-    file_size_limit_bytes: int | None  # RLIMIT_FSIZE
-    overcommit_memory: int  # vm.overcommit_memory
-    shmem_huge_pages: str  # the chosen word of shmem_enabled
     huge_page_bytes: int  # of hugetlbfs
     n_huge_pages_free: int
 
@@ -41,25 +33,46 @@ class Machine:
         return min(self.memory_available_bytes, left)
 
 
-def describe_machine(root: Path = Path("/")) -> Machine:
-    """Read the machine's limits; `root` lets tests lay out their own /proc and /sys."""
+@dataclass(frozen=True, slots=True)
+class Machine(Memory):
+    """The limits that matter to a virtual-memory cache, in bytes and counts."""
+
+    os_page_bytes: int
+    n_cpus: int
+    max_map_count: int
+    n_mappings_now: int
+    address_space_limit_bytes: int | None  # RLIMIT_AS
+    file_size_limit_bytes: int | None  # RLIMIT_FSIZE
+    overcommit_memory: int  # vm.overcommit_memory
+    shmem_huge_pages: str  # the chosen word of shmem_enabled
+
+
+def describe_memory(root: Path = Path("/")) -> Memory:
+    """Read what memory there is, and nothing else: what every new pool asks; `root` as of `describe_machine`."""
     meminfo = _read_meminfo(root / "proc/meminfo")
     limit, used = _read_cgroup(root)
-    return Machine(
-        os_page_bytes=resource.getpagesize(),
-        n_cpus=len(os.sched_getaffinity(0)),
+    return Memory(
         memory_total_bytes=meminfo.get("MemTotal", 0),
         memory_available_bytes=meminfo.get("MemAvailable", 0),
         cgroup_limit_bytes=limit,
         cgroup_used_bytes=used,
+        huge_page_bytes=meminfo.get("Hugepagesize", 0),
+        n_huge_pages_free=meminfo.get("HugePages_Free", 0),
+    )
+
+
+def describe_machine(root: Path = Path("/")) -> Machine:
+    """Read the machine's limits; `root` lets tests lay out their own /proc and /sys."""
+    return Machine(
+        **asdict(describe_memory(root)),
+        os_page_bytes=resource.getpagesize(),
+        n_cpus=len(os.sched_getaffinity(0)),
         max_map_count=int(_read(root / "proc/sys/vm/max_map_count") or 65530),
         n_mappings_now=count_mappings(root),
         address_space_limit_bytes=_rlimit(resource.RLIMIT_AS),
         file_size_limit_bytes=_rlimit(resource.RLIMIT_FSIZE),
         overcommit_memory=int(_read(root / "proc/sys/vm/overcommit_memory") or 0),
         shmem_huge_pages=_chosen_word(_read(root / "sys/kernel/mm/transparent_hugepage/shmem_enabled")),
-        huge_page_bytes=meminfo.get("Hugepagesize", 0),
-        n_huge_pages_free=meminfo.get("HugePages_Free", 0),
     )
 
 

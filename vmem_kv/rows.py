@@ -315,10 +315,8 @@ class LayerRows:
         """Tokens written, counted from the sequence's start."""
         self._lease = lease
         self._has_slid = False
-        self._is_given_back = False
         self._tensors: RegionTensors | None = None
-        self._keys: GrowingView | None = None
-        self._values: GrowingView | None = None
+        self._growing: tuple[GrowingView, GrowingView] | None = None
         self._look()
 
     @property
@@ -363,7 +361,7 @@ class LayerRows:
             self.store.retire(self._lease)
         finally:
             if not self._slots:  # pragma: no branch: what is left by an exception, coverage does not count
-                self._keys = self._values = None
+                self._growing = None
                 self.first_token = self.n_tokens = 0
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -383,19 +381,17 @@ class LayerRows:
             and key_states.device == value_states.device == self.device
         ):
             self._refuse(key_states, value_states)
-        if self._keys is None or self._values is None:
-            raise UsageError("the rows were stopped or closed; start them first")
+        keys, values = self._started()
         self._ensure(n_tokens)
-        self._keys.write(self.n_tokens, key_states)
-        self._values.write(self.n_tokens, value_states)
+        keys.write(self.n_tokens, key_states)
+        values.write(self.n_tokens, value_states)
         self.n_tokens = n_tokens
 
     def views(self, first_token: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V from `first_token` (default: the first kept) to the end, without copying."""
-        if self._keys is None or self._values is None:
-            raise UsageError("the rows were stopped or closed; start them first")
+        keys, values = self._started()
         first = self.first_token if first_token is None else first_token
-        return self._keys.cut(first, self.n_tokens), self._values.cut(first, self.n_tokens)
+        return keys.cut(first, self.n_tokens), values.cut(first, self.n_tokens)
 
     def truncate(self, n_tokens: int) -> None:
         """Drop the tokens from `n_tokens` on; their pages stay for the next ones, unless others have them too.
@@ -547,7 +543,7 @@ class LayerRows:
     def _let_go(self) -> bool:
         """Drop our own tensors if they are the last ones; else change nothing and return False."""
         if self._tensors is not None:
-            self._keys = self._values = None
+            self._growing = None
             if not self._tensors.let_go():
                 self._take_slots(self._slots)
                 return False
@@ -559,18 +555,16 @@ class LayerRows:
         self._take_slots(self._slots)
 
     def _give_back(self) -> None:
-        if not self._is_given_back:
-            self.store.end_lease(self._lease)
-            self._is_given_back = True
-            self._lease.slots = ()
-            self.first_token = self.n_tokens = 0
+        self.store.end_lease(self._lease)
+        self._lease.slots = ()
+        self.first_token = self.n_tokens = 0
 
     def _take_slots(self, slots: Sequence[SlotId]) -> None:
         self._lease.slots = slots
         if slots and self._tensors is not None:
             layout = self.cache.layout
-            self._keys = self._tensors.view(layout.keys[0], slots, self.dtype)
-            self._values = self._tensors.view(layout.values[0], slots, self.dtype)
+            keys, values = (self._tensors.view(part[0], slots, self.dtype) for part in (layout.keys, layout.values))
+            self._growing = keys, values
 
     def _expected_shapes(self, n_tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         key, value = self.spec
@@ -606,6 +600,12 @@ class LayerRows:
     def _require_open(self) -> None:
         if self._tensors is None:
             raise UsageError("the cache is closed; make a new one")
+
+    def _started(self) -> tuple[GrowingView, GrowingView]:
+        """K and V over the slots, whole."""
+        if self._growing is None:
+            raise UsageError("the rows were stopped or closed; start them first")
+        return self._growing
 
 
 class Change:

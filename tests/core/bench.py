@@ -97,7 +97,7 @@ class Bench:
         self.cache.check()
         stats = self.cache.stats()
         # A stuck page is mapped still; the books call it quarantined.
-        n_stuck = sum(len(stuck.range[1]) for stuck in self.cache.region._stuck)
+        n_stuck = sum(len(stuck.range[1]) for stuck in self.cache.region.unmapper.stuck)
         assert stats.n_live_pages + stats.n_warm_pages + stats.n_pending_pages + n_stuck == len(self.mapped_addresses())
         assert stats.n_owned_pages == self.driver.n_live_handles
         assert self.physical_bytes() == stats.owned_bytes
@@ -129,13 +129,13 @@ def books(cache: KVCache) -> dict[str, Any]:
         "first_tokens": dict(slots.first_token),
         "warm": list(slots.warm.items()),
         "retired": dict(slots.retired),
-        "slides": list(cache._slides),
+        "slides": list(cache._pending.slides),
         "busy": set(slots.busy),
         "domains": dict(slots.domain),
-        "mapped": {slot_id: list(ranges) for slot_id, ranges in region.mapped.items()},
-        "handles": {slot_id: [list(h) for h in planes] for slot_id, planes in region.handles().items()},
+        "mapped": {slot_id: list(ranges) for slot_id, ranges in region.table.mapped.items()},
+        "handles": {slot_id: [list(h) for h in planes] for slot_id, planes in region.table.handles.items()},
         "broken": set(region.broken),
-        "stuck": len(region._stuck),
+        "stuck": len(region.unmapper.stuck),
         "budget": pool.max_pages,
         "n_in_flight": pool.n_in_flight,
         "n_mapped": pool.n_mapped,

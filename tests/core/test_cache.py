@@ -349,7 +349,7 @@ def test_a_fence_that_passes_during_growth_does_not_make_the_slot_wait_for_itsel
     open_bench: OpenBench,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("vmem_kv.claims.STALL_TIMEOUT_S", 0.5)
     bench = open_bench(max_pages=10)
 
     class PassesWhenAskedTwice(ManualFence):

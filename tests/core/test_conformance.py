@@ -18,6 +18,7 @@ from vmem_kv.testing import ContractBreach, DriverMemory, FaultyDriver, HostMemo
 from vmem_kv.testing.emulator import NOTHING
 
 from .backends import emulated_device
+from .wrong_drivers import UNSEEN, WRONG, Wrong
 
 PAGE = mmap.PAGESIZE
 
@@ -33,9 +34,10 @@ WRAPPERS: dict[str, Callable[[Driver], Driver]] = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_host_driver_conforms_on_both_paths_and_in_every_wrapper(path: str, wrapper: str) -> None:
     report = check_driver(lambda: WRAPPERS[wrapper](HostDriver(path)), HostMemory)
-    assert report.n_checks >= 100
+    assert report.n_checks >= 1000
+    assert report.n_batch_items == 300
     assert path in report.driver
-    assert len(report.rules) == len(set(report.rules)) >= 20
+    assert len(report.rules) == len(set(report.rules)) >= 30
 
 
 @pytest.mark.parametrize("granularity_bytes", [PAGE, 2 << 20], ids=["small pages", "pages of 2 MiB"])
@@ -50,7 +52,9 @@ def test_the_cuda_driver_conforms_in_every_wrapper(
         report = check_driver(lambda: WRAPPERS[wrapper](CudaDriver(0, NoRuntime())), open_memory)
     finally:
         emulator.set_granularity(PAGE)
-    assert report.n_checks >= 100
+    assert report.n_checks >= 1000
+    assert report.n_batch_items == min(300, (2 << 30) // 8 // granularity_bytes)
+    assert report.unseen == ()
     assert emulator.live() == NOTHING
     assert emulator.violations() == []
 
@@ -273,6 +277,23 @@ def test_a_driver_that_breaks_a_rule_is_caught_by_that_rule(broken: type[HostDri
     assert BROKEN[broken] in str(caught.value)
 
 
+@pytest.mark.parametrize("open_memory", [HostMemory, DriverMemory])
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.kind.__name__)
+def test_a_driver_that_does_too_little_is_caught_by_that_rule(
+    wrong: Wrong, open_memory: Callable[[Driver], Memory]
+) -> None:
+    with pytest.raises(ContractBreach) as caught:
+        check_driver(wrong.open, DriverMemory if wrong.has_no_bytes else open_memory)
+    assert f"breaks a rule. {wrong.rule}" in str(caught.value)
+
+
+@pytest.mark.parametrize("open_driver", UNSEEN)
+def test_what_the_documentation_says_is_not_seen_is_not_seen(open_driver: Callable[[], Driver]) -> None:
+    assert check_driver(open_driver).n_checks >= 1000
+
+
 def test_every_rule_is_broken_by_one_of_them() -> None:
     rules = check_driver(HostDriver, HostMemory).rules
-    assert [rule for rule in rules if not rule.startswith(tuple(BROKEN.values()))] == []
+    named = (*BROKEN.values(), *(wrong.rule for wrong in WRONG))
+    assert [rule for rule in rules if not rule.startswith(named)] == []
+    assert [name for name in named if sum(rule.startswith(name) for rule in rules) != 1] == []

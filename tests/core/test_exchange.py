@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from vmem_kv.cache import Exchange
+from vmem_kv.cache import Exchange, KVCache
 from vmem_kv.errors import DriverError, UsageError, VmemError
 from vmem_kv.growth import SlotId
+from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.testing import driver_error, fail_kind, fail_once, interruption, no_faults
 
-from .bench import Bench, OpenBench, books
+from .bench import PAGE, Bench, OpenBench, books
 
 KINDS = ("per_head", "per_layer", "group:2", "token_major")
 FILLS = (b"\x01", b"\x02", b"\x03")
@@ -65,7 +66,7 @@ def test_what_is_undone_is_as_it_was(open_bench: OpenBench, kind: str, what: str
     before, state = contents(bench, slots), tables(bench)
     exchange = BEGINNINGS[what](bench, slots)
     assert bench.cache.is_busy()
-    assert bench.cache.region.handles() != state["handles"]
+    assert bench.cache.region.table.handles != state["handles"]
     exchange.undo()
     assert not bench.cache.is_busy()
     assert tables(bench) == state
@@ -149,13 +150,18 @@ def test_several_sequences_are_truncated_together(open_bench: OpenBench, kind: s
     bench.close()
 
 
-def test_a_broken_undo_is_told(open_bench: OpenBench) -> None:
+@pytest.mark.parametrize("failing", [("map", "unmap"), ("map",)], ids=["both", "map"])
+def test_a_broken_undo_is_told(open_bench: OpenBench, failing: tuple[str, ...]) -> None:
     bench = open_bench("token_major")
     slots = three_sequences(bench)
     exchange = begin_share(bench, slots)
-    bench.faulty.plan = lambda point: driver_error()(point) if point.operation in ("map", "unmap") else None
-    with pytest.raises(DriverError):
+    bench.faulty.plan = lambda point: driver_error()(point) if point.operation in failing else None
+    with pytest.raises(DriverError) as caught:
         exchange.undo()
+    if "unmap" not in failing:  # then nothing of the driver's is left to be told
+        told = caught.value
+        assert (told.operation, told.code, told.name, told.n_done) == ("map", 0, "STUCK", 0)
+        assert "could not be put back" in str(told)
     bench.faulty.plan = no_faults
     assert bench.cache.region.broken
     bench.cache.check()
@@ -179,4 +185,78 @@ def test_no_slot_that_shares_stays_adoptable_because_another_could_not_be_unmapp
         assert contents(bench, slots[:1]) == before
         bench.cache.retire(other)
     bench.retire_all()
+    bench.close()
+
+
+class WatchingFence:
+    """Takes down what the books say and how often the driver was called, whenever somebody waits for it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.seen: list[Any] = []
+
+    def look(self) -> tuple[Any, dict[str, int]]:
+        state = books(self.bench.cache)
+        return (state["handles"], state["lengths"]), dict(self.bench.faulty.calls)
+
+    def passed(self) -> bool:
+        return bool(self.seen)
+
+    def wait(self) -> None:
+        self.seen.append(self.look())
+
+
+def test_nothing_is_exchanged_before_who_may_read_it_has_ended(open_bench: OpenBench) -> None:
+    bench = open_bench("per_head")
+    a, b, c = three_sequences(bench)
+    cache = bench.cache
+
+    def share(fence: WatchingFence) -> None:
+        cache.share({a: b, b: c, c: b}, N_TOKENS, fence)
+
+    def change_nothing(fence: WatchingFence) -> None:
+        cache.share({a: c, c: a}, N_TOKENS, fence)  # the same pages
+        cache.truncate(b, N_TOKENS, fence)  # nothing behind its end
+
+    def truncate(fence: WatchingFence) -> None:
+        cache.truncate(a, 17, fence)
+
+    for call, n_waits in ((share, 1), (change_nothing, 0), (truncate, 1)):
+        fence = WatchingFence(bench)
+        before = fence.look()
+        call(fence)
+        assert fence.seen == [before] * n_waits
+        assert (fence.look() != before) == bool(n_waits)
+    check(bench)
+    bench.retire_all()
+    bench.close()
+
+
+def test_a_fork_reclaims_as_many_pages_as_are_new(open_bench: OpenBench) -> None:
+    bench = open_bench(n_slots=10)
+    source = bench.grown(N_TOKENS)
+    bench.cache.retire([bench.grown(1) for _ in range(8)])  # of four pages each
+    bench.pool.resize(bench.pool.n_owned)
+    fork = bench.cache.fork(source)  # the end of each of four planes is new, ten pages are not
+    assert bench.cache.stats().n_saved_pages == 10
+    assert bench.cache.stats().n_warm_pages == 7 * 4
+    assert contents(bench, [fork]) == contents(bench, [source])
+    bench.cache.check()
+    bench.retire_all()
+    bench.close()
+
+
+def test_a_fork_leaves_the_shortest_warm_slot_to_who_can_adopt_it(open_bench: OpenBench) -> None:
+    """A fork unmaps what it finds in its slot: even one token's page is of no use to it."""
+    bench = open_bench(n_slots=1)
+    layer = LayerSpec(TensorSpec(1, PAGE // 4, 2), TensorSpec(1, PAGE // 4, 2))
+    cache = KVCache(bench.pool, Layout.build("token_major", (layer,), n_slots=3, max_tokens=4, page_bytes=PAGE))
+    short, source = cache.acquire(), cache.acquire()
+    cache.ensure({short: 1, source: 4})
+    cache.retire(short)
+    assert cache.slot_stats()[short].n_mapped_pages == 1
+    assert cache.fork(source) not in (short, source)
+    assert cache.stats().n_warm_pages == 1
+    cache.retire(cache.active_slots())
+    cache.close()
     bench.close()

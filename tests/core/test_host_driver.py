@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import signal
@@ -49,6 +50,8 @@ def test_the_memfd_is_sealed_against_resizing(open_host: OpenHost) -> None:
     for n_bytes in (0, 1 << 30, 1 << 49):
         with pytest.raises(PermissionError):
             os.ftruncate(driver._fd, n_bytes)
+    with pytest.raises(PermissionError):  # nor can anybody seal it against writing
+        fcntl.fcntl(driver._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
 def test_pages_are_backed_before_anybody_touches_them(open_host: OpenHost) -> None:

@@ -288,34 +288,34 @@ def lose_count_of_mappings(bench: Bench) -> None:
 
 
 def forget_a_mapped_page(bench: Bench) -> None:
-    ranges = bench.cache.region.mapped[SlotId(0)]
+    ranges = bench.cache.region.table.mapped[SlotId(0)]
     ranges[0] = ranges[0]._replace(end=ranges[0].end - 1)
 
 
 def lose_a_handle(bench: Bench) -> None:
-    bench.cache.region._handles[SlotId(0)][0].pop()
+    bench.cache.region.table.handles[SlotId(0)][0].pop()
 
 
 def map_a_page_twice(bench: Bench) -> None:
-    handles = bench.cache.region._handles[SlotId(0)][0]
+    handles = bench.cache.region.table.handles[SlotId(0)][0]
     handles[1] = handles[0]
 
 
 def map_one_page_into_two_slots(bench: Bench) -> None:
-    table = bench.cache.region._handles
+    table = bench.cache.region.table.handles
     table[SlotId(1)][0][0] = table[SlotId(0)][0][0]
 
 
 def map_a_page_that_is_free(bench: Bench) -> None:
-    bench.cache.region._handles[SlotId(0)][0][0] = bench.pool._free[0]
+    bench.cache.region.table.handles[SlotId(0)][0][0] = bench.pool._free[0]
 
 
 def grow_past_the_slot(bench: Bench) -> None:
     region = bench.cache.region
     end = bench.layout.planes[0].span_bytes // PAGE + 1
-    n_more = end - region.mapped[SlotId(0)][0].end
-    region.mapped[SlotId(0)][0] = region.mapped[SlotId(0)][0]._replace(end=end)
-    region._handles[SlotId(0)][0] += [Handle(i) for i in range(n_more)]
+    n_more = end - region.table.mapped[SlotId(0)][0].end
+    region.table.mapped[SlotId(0)][0] = region.table.mapped[SlotId(0)][0]._replace(end=end)
+    region.table.handles[SlotId(0)][0] += [Handle(i) for i in range(n_more)]
     bench.pool.n_mapped += n_more
     bench.pool.n_owned += n_more
 

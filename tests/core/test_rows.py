@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 
+from vmem_kv.cache import KVCache
 from vmem_kv.config import CacheConfig
 from vmem_kv.driver.base import Driver, Reservation
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.driver.ledger import Ledger
-from vmem_kv.errors import ConfigError, DriverError, OutOfAddressSpace, OutOfPages, UsageError
-from vmem_kv.layout import LayerSpec, TensorSpec
+from vmem_kv.errors import ConfigError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError
+from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import BUDGET_SHARE
-from vmem_kv.rows import LayerRows, RowStore, close_rows
-from vmem_kv.testing import FaultyDriver, ManualFence, driver_error, fail_kind
+from vmem_kv.rows import _SHARE_OF_ADDRESSES, LayerRows, RowStore, close_rows
+from vmem_kv.testing import Adaptor, FaultyDriver, ManualFence, driver_error, fail_kind
 
-from .backends import open_backend
+from .backends import open_backend, physical_bytes
 
 PAGE = 4096
 CPU = torch.device("cpu")
@@ -28,11 +30,11 @@ SPEC = LayerSpec(TensorSpec(2, 16, 4), TensorSpec(3, 32, 4))
 
 
 class Lab:
-    """A store over a driver that can fail, under one that checks."""
+    """A store over a driver that can fail, under one that checks. `info` is what the driver says of itself instead."""
 
-    def __init__(self, backend: str, **config: object) -> None:
+    def __init__(self, backend: str, info: Mapping[str, object] | None = None, /, **config: object) -> None:
         self.device = open_backend(backend, Ledger())
-        self.faulty = FaultyDriver(self.device)
+        self.faulty = FaultyDriver(Adaptor(self.device, replace(self.device.info, **(info or {}))))  # type: ignore[arg-type]
         self.driver = CheckedDriver(self.faulty)
         self.n_opened = 0
         options = {"page_bytes": PAGE, "max_tokens": 64, "max_bytes": 200 * PAGE, "layout": "per_layer"} | config
@@ -99,14 +101,14 @@ def test_rows_hold_what_was_appended_at_addresses_that_stay(lab: Lab) -> None:
         (lambda k, v: (k.to("meta"), v), "the cache is on cpu, the model's K on meta"),
         (lambda k, v: (k, v.double()), "holds torch.float32, the model's V is torch.float64"),
         (lambda k, v: (k, v[:, :2]), "holds 3 heads of 32, the model's V has 2 of 32"),
-        (lambda k, v: (k, v[:, :, :1]), "K has 2 new tokens, V has 1"),
+        (lambda k, v: (k, v[:, :, :1]), "K has 5 new tokens, V has 1"),
     ],
 )
 def test_states_of_another_shape_are_refused_by_name(lab: Lab, change: object, message: str) -> None:
     rows = lab.rows(2, 5)
     before = [view.clone() for view in rows.views()]
     with pytest.raises(UsageError, match=message):
-        rows.append(*change(*states(2, 2)))  # type: ignore[operator]
+        rows.append(*change(*states(2, 5)))  # type: ignore[operator]
     assert same(rows, before)
     rows.close()
 
@@ -197,6 +199,18 @@ def test_selected_rows_hold_what_those_held(lab: Lab, indices: list[int], n_toke
         assert same(rows, [torch.cat(parts, 2) for parts in zip(expected, more, strict=True)])
     lab.store.check()
     rows.close()
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "per_head"])
+@pytest.mark.parametrize("n_tokens", [5, 45])
+def test_copied_rows_change_places_among_themselves(lab: Lab, layout: str, n_tokens: int) -> None:
+    lab.store = RowStore(replace(lab.store.config, layout=layout), open_driver=lab.open)
+    rows = lab.rows(2, n_tokens)
+    fork = rows.copy()
+    fork.select(torch.tensor([1, 0]))
+    assert same(fork, picked(states(2, n_tokens), [1, 0]))
+    assert same(rows, states(2, n_tokens))
+    close_rows([rows, fork])
 
 
 def test_rows_that_are_not_there_are_not_selected(lab: Lab) -> None:
@@ -306,6 +320,7 @@ def test_rows_without_tensors_are_closed_by_their_last_one(lab: Lab) -> None:
     assert lab.store.stats().n_live_pages == 2 * 2 + 2
     del view
     gc.collect()
+    assert kept.cache.pool.n_mapped == 2  # at once, not with the next call
     assert lab.store.stats().n_live_pages == 2
     assert copy.deepcopy(lab.store) is lab.store
     kept.close()
@@ -393,7 +408,7 @@ def test_a_store_without_a_budget_takes_what_the_pool_may_promise() -> None:
     rows = lab.rows(1, 5)
     pool = rows.cache.pool
     assert pool.max_pages == int(pool._available_bytes * BUDGET_SHARE) // PAGE
-    assert "GrowingView(shape=(1, 2, 64, 16)" in repr(rows._keys)  # without looking at what is not mapped
+    assert "GrowingView(shape=(1, 2, 64, 16)" in repr(rows._growing)  # without looking at what is not mapped
     rows.close()
 
 
@@ -417,6 +432,24 @@ def test_where_addresses_are_scarce_there_are_no_spare_rows(lab: Lab) -> None:
     close_rows([rows, apart])
 
 
+@pytest.mark.parametrize(("n_rows", "n_slots"), [(1, 6), (7, 7)])
+def test_all_layers_together_leave_most_addresses_alone(n_rows: int, n_slots: int) -> None:
+    """Two layers may have six rows each; who asks for more of them gets these, and no spare ones."""
+    row_bytes = Layout.build("per_layer", [SPEC], n_slots=1, max_tokens=64, page_bytes=PAGE).virtual_bytes
+    lab = Lab("native", {"max_reservation_bytes": _SHARE_OF_ADDRESSES * 2 * 6 * row_bytes})
+    lab.store = RowStore(lab.store.config, 2, open_driver=lab.open)
+    rows = lab.rows(n_rows)
+    assert rows.cache.layout.n_slots == n_slots
+    rows.close()
+
+
+def test_a_large_batch_has_room_for_three_copies_beside_it(lab: Lab) -> None:
+    rows = lab.rows(9, 1)
+    copies = [rows.copy() for _ in range(4)]
+    assert [copy.cache is rows.cache for copy in copies] == [True, True, True, False]
+    close_rows([rows, *copies])
+
+
 def test_a_finalizer_in_the_middle_of_a_call_waits_for_its_end(lab: Lab) -> None:
     kept, doomed = lab.rows(1, 5), [lab.rows(1, 5)]
     with lab.store._entered():
@@ -431,3 +464,156 @@ def test_a_finalizer_in_the_middle_of_a_call_waits_for_its_end(lab: Lab) -> None
     assert kept.cache.pool.n_mapped == 4
     assert lab.store.stats().n_live_pages == 2
     kept.close()
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_the_layout_is_chosen_for_all_layers(lab: Lab, n_layers: int) -> None:
+    lab.store = RowStore(lab.store.config, n_layers, open_driver=lab.open)
+    rows = lab.rows(2, 5)
+    assert lab.store.choice is not None
+    assert f": {2 * max(1, n_layers)} planes need" in lab.store.choice.why
+    rows.close()
+
+
+def test_a_store_serves_one_layer_unless_told_otherwise(lab: Lab) -> None:
+    rows = lab.rows(2, 5)
+    assert lab.store.choice is not None
+    assert ": 2 planes need" in lab.store.choice.why
+    rows.close()
+
+
+def test_the_books_of_all_rows_add_up(lab: Lab) -> None:
+    """Pages of each state, in two caches, and of somebody else on the same pool."""
+    live, other = lab.rows(2, 20), lab.rows(1, 40)
+    assert lab.store._pool is not None
+    elsewhere = KVCache(lab.store._pool, Layout.build("per_layer", [SPEC], n_slots=1, max_tokens=8, page_bytes=PAGE))
+    elsewhere.ensure({elsewhere.acquire(): 8})
+    live.stop()
+    live.start(1)
+    live.append(*states(1, 20))
+    fence = ManualFence()
+    other.cache.retire(other.cache.active_slots(), fence)
+    stats = lab.store.stats()
+    assert (stats.n_live_pages, stats.n_warm_pages, stats.n_pending_pages, stats.n_elsewhere_pages) == (3, 3, 6, 2)
+    assert stats.n_owned_pages == 14
+    fence.pass_()
+    elsewhere.retire(elsewhere.active_slots())
+    elsewhere.close()
+    close_rows([live, other])
+
+
+def test_spoilt_books_of_some_rows_are_found(lab: Lab) -> None:
+    rows, other = lab.rows(2, 20), lab.rows(1, 5)
+    lab.store.check()
+    capacity = other.cache._slots.capacity
+    capacity[other._slots[0]] += 1
+    with pytest.raises(InvariantError):
+        lab.store.check()
+    capacity[other._slots[0]] -= 1
+    close_rows([rows, other])
+
+
+def test_pages_that_a_device_keeps_go_with_a_trim_and_with_the_last_rows() -> None:
+    lab = Lab("native", {"keeps_pay": True})
+    rows, other = lab.rows(2, 20), lab.rows(1, 20)
+    held = physical_bytes(lab.device)
+    rows.close()
+    assert physical_bytes(lab.device) == held  # kept for whoever needs pages next
+    assert lab.store.trim() == 2 * (1 + 2)
+    assert physical_bytes(lab.device) == 3 * PAGE
+    close, lab.driver.close = lab.driver.close, lambda: None  # type: ignore[method-assign]
+    other.close()
+    assert physical_bytes(lab.device) == 0  # before the driver goes, and they with it
+    assert lab.store.stats().n_owned_pages == 0
+    close()
+
+
+def test_closed_rows_wait_for_the_kernels_that_may_still_read_them(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = lab.rows(2, 20)
+    fork = rows.copy()
+    for closing, n_left in ((fork, 2 * 3), (rows, 0)):
+        fence = ManualFence()
+        monkeypatch.setattr(rows.cache, "fence", lambda fence=fence: fence)
+        monkeypatch.setattr(fence, "wait", fence.pass_)  # as a kernel that ends while it is waited for
+        closing.close()
+        assert fence.passed()
+        assert lab.store.stats().mapped_bytes == n_left * PAGE
+
+
+def test_in_another_process_a_copy_is_not_ended(lab: Lab) -> None:
+    rows = lab.rows(2, 5)
+    fork = rows.copy()
+    pool = rows.cache.pool
+    pid, pool._pid = pool._pid, -1
+    with pytest.raises(UsageError, match="belongs to process -1"):
+        lab.store.end_lease(fork._lease)
+    pool._pid = pid
+    fork.close()
+    assert len(rows.cache.active_slots()) == 2
+    rows.close()
+
+
+def test_rows_that_were_closed_beside_a_copy_begin_nothing(lab: Lab) -> None:
+    rows = lab.rows(2, 5)
+    fork = rows.copy()
+    fork.close()
+    with pytest.raises(UsageError, match="the cache is closed"):
+        fork.start(1)
+    assert len(rows.cache.active_slots()) == 2
+    rows.close()
+
+
+def test_rows_start_on_the_memory_that_a_kernel_may_still_read(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for it; else they would take as much again beside it."""
+    rows = lab.rows(2, 20)
+    fence = ManualFence()
+    monkeypatch.setattr(rows.cache, "fence", lambda: fence)
+    rows.stop()
+    monkeypatch.undo()
+    monkeypatch.setattr(fence, "wait", fence.pass_)  # as a kernel that ends while it is waited for
+    rows.start(2)
+    rows.append(*states(2, 20, seed=5))
+    assert lab.store.stats().n_owned_pages == 2 * 3
+    rows.close()
+
+
+def test_a_window_costs_the_rows_behind_it_their_memory_once(lab: Lab) -> None:
+    rows = lab.rows(2, 60)
+    rows.slide(40)
+    rows.stop()
+    rows.start(2)
+    rows.append(*states(2, 20))
+    rows.stop()
+    assert lab.store.stats().n_warm_pages == 2 * 3
+    rows.start(2)
+    rows.append(*states(2, 20))
+    assert lab.driver.calls["map"] == 2  # for the window, and for the rows behind it; none for the last
+    rows.close()
+
+
+def test_a_window_that_does_not_move_costs_nothing(lab: Lab) -> None:
+    rows = lab.rows(1, 60)
+    rows.slide(0)
+    rows.stop()
+    rows.start(1)
+    rows.append(*states(1, 60))
+    assert lab.driver.calls["map"] == 1  # the memory is still there
+    rows.slide(40)
+    assert rows.first_token == 40
+    rows.close()
+
+
+def test_no_rows_share_and_hold_nothing(lab: Lab) -> None:
+    rows = lab.rows(2, 40)
+    fork = rows.copy()
+    rows.stop()
+    assert rows.n_shared_tokens() == 0
+    rows.truncate(0)
+    for call in (rows.truncate, rows.begin_truncate):
+        with pytest.raises(UsageError, match=r"truncate to 1 in rows that hold \[0, 0\)"):
+            call(1)
+    close_rows([rows, fork])
+    assert (fork.n_rows, fork.n_tokens, fork.first_token) == (0, 0, 0)
+    for of_closed in (fork.copy, lambda: fork.append(*states(2, 1))):
+        with pytest.raises(UsageError, match="the cache is closed"):
+            of_closed()

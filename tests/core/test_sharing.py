@@ -289,13 +289,13 @@ def test_check_sees_a_page_at_two_places_and_a_count_that_is_wrong(open_bench: O
     bench = open_bench("token_major")
     source = bench.grown(40)
     fork = bench.cache.fork(source)
-    handles = bench.cache.region._handles[fork][0]
+    handles = bench.cache.region.table.handles[fork][0]
     handles[0], handles[1] = handles[1], handles[0]
     with pytest.raises(InvariantError, match="lies at"), bench.pool.lock:
-        bench.cache.region.check()
+        bench.cache.region.table.check()
     handles[0], handles[1] = handles[1], handles[0]
     bench.cache.check()
-    holders = bench.cache.region.shares._holders[handles[0]]
+    holders = bench.cache.region.table.shares._holders[handles[0]]
     holders.n_tables += 1
     with pytest.raises(InvariantError, match="slots, not"):
         bench.cache.check()

@@ -203,15 +203,15 @@ def test_what_was_mapped_where_nothing_was_is_taken_back(open_bench: OpenBench, 
     source, target = bench.grown(40), bench.cache.acquire()
     region, state = bench.cache.region, books(bench.cache)
     bench.cache.slide(source, 20)
-    ranges = list(region.mapped[target])
-    changes = plan_fork(bench.layout, region.rows(source), target, 40)
+    ranges = list(region.table.mapped[target])
+    changes = plan_fork(bench.layout, region.table.rows(source), target, 40)
     assert any(change.first for change in changes)
     slid = books(bench.cache)
-    rewired = region.begin_rewire(changes, lambda: None, lambda: None)
-    assert region.n_pages(target) == region.n_pages(source)
-    assert region.mapped[target] != ranges
-    region.take_back(rewired)
-    assert region.mapped[target] == ranges
+    rewired = region.rewirer.begin(changes, lambda: None, lambda: None)
+    assert region.table.n_pages(target) == region.table.n_pages(source)
+    assert region.table.mapped[target] != ranges
+    region.rewirer.take_back(rewired)
+    assert region.table.mapped[target] == ranges
     assert books(bench.cache) == slid
     assert {name for name in state if state[name] != slid[name]} >= {"first_tokens", "mapped"}
     bench.check()
@@ -266,7 +266,7 @@ def test_check_sees_a_warm_slot_that_shares(open_bench: OpenBench) -> None:
     bench.cache.retire(fork, fence)
     bench.cache.check()
     slots = bench.cache._slots
-    slots.settle(fork, bench.cache.region.token_capacity(fork))  # as if nobody had looked whether it shares
+    slots.settle(fork, bench.cache.region.table.token_capacity(fork))  # as if nobody had looked whether it shares
     with pytest.raises(InvariantError, match="is to be adopted, and shares pages"):
         bench.cache.check()
     bench.cache.reclaim(1000)
@@ -502,10 +502,10 @@ def test_a_window_that_stays_is_noted_once(open_bench: OpenBench) -> None:
     fence = ManualFence()
     for _ in range(3):
         bench.cache.slide(slot_id, 20, fence)
-    assert len(bench.cache._slides) == 1
+    assert len(bench.cache._pending.slides) == 1
     fence.pass_()
     bench.cache.reclaim(0)
-    assert not bench.cache._slides
+    assert not bench.cache._pending.slides
     bench.check()
     bench.retire_all()
     bench.close()

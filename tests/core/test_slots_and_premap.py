@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from vmem_kv.cache import KVCache
+from vmem_kv.claims import Claims
 from vmem_kv.driver.base import PASSED
 from vmem_kv.errors import DriverError, OutOfPages, OutOfSlots, UsageError
 from vmem_kv.growth import SlotId
 from vmem_kv.premap import Premapper
 from vmem_kv.slots import SlotState, SlotTable
-from vmem_kv.testing import fail_kind
+from vmem_kv.testing import Point, fail_kind
 
 from ..held import Held
 from .bench import OpenBench, books
@@ -149,14 +149,14 @@ def test_a_slot_retired_while_its_premapping_waited_is_passed_over(
 ) -> None:
     bench = open_bench()
     first, second = bench.grown(5), bench.grown(5)
-    exclusive = KVCache._exclusive
+    exclusive = Claims.exclusive
 
-    def retired_meanwhile(cache: KVCache, slots: dict[SlotId, int]) -> object:
+    def retired_meanwhile(claims: Claims, slots: dict[SlotId, int]) -> object:
         monkeypatch.undo()
         bench.cache.retire(first)
-        return exclusive(cache, slots)
+        return exclusive(claims, slots)
 
-    monkeypatch.setattr(KVCache, "_exclusive", retired_meanwhile)
+    monkeypatch.setattr(Claims, "exclusive", retired_meanwhile)
     n_pages = bench.cache.premap({first: 48, second: 48})
     assert n_pages == bench.layout.n_pages(48) - bench.layout.n_pages(5)
     bench.check()
@@ -169,7 +169,9 @@ def test_the_worker_maps_ahead_of_what_it_is_told(open_bench: OpenBench) -> None
     slot_id = bench.grown(5)
     before = Held.now()
     with Premapper(bench.cache, 20) as premapper:
-        assert [type(added) for added in Held.now().beyond(before)] == [threading.Thread]
+        (worker,) = Held.now().beyond(before)
+        assert isinstance(worker, threading.Thread)
+        assert worker.daemon  # whoever forgets to stop it can end
         premapper.request({slot_id: 5})
         assert premapper.wait_idle()
         assert premapper.n_pages == bench.layout.n_pages(25) - bench.layout.n_pages(5)
@@ -228,23 +230,36 @@ def test_a_worker_that_died_says_why_and_mapping_goes_on_without_it(
     bench.close()
 
 
-def test_waiting_for_a_worker_that_dies_with_a_request_open_ends_at_once(open_bench: OpenBench) -> None:
+@pytest.mark.parametrize("dies", [False, True], ids=["is done", "dies with a request open"])
+def test_whoever_waits_for_the_worker_is_woken_when_it(open_bench: OpenBench, dies: bool) -> None:
     bench = open_bench()
     slot_id = bench.grown(5)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def works(lengths: dict[SlotId, int]) -> int:
+        if dies:
+            premapper.request(lengths)  # one more comes in meanwhile
+        inside.set()
+        go_on.wait(60)
+        if dies:
+            raise DriverError("map", 5, "EIO")
+        return 0
+
+    bench.cache.premap = works  # type: ignore[method-assign, assignment]
     premapper = Premapper(bench.cache, 20)
-
-    def dies(lengths: dict[SlotId, int]) -> int:
-        premapper.request(lengths)  # one more comes in meanwhile
-        raise DriverError("map", 5, "EIO")
-
-    bench.cache.premap = dies  # type: ignore[method-assign, assignment]
-    waited = threading.Event()
-    with premapper._wake:  # the worker cannot begin before we wait
-        premapper.start()
-        premapper.request({slot_id: 5})
-        assert premapper.wait_idle(60)
-        waited.set()
-    assert isinstance(premapper.error, DriverError)
+    premapper.start()
+    premapper.request({slot_id: 5})
+    assert inside.wait(60)
+    assert not premapper.wait_idle(0)
+    waiting = threading.Thread(target=premapper.wait_idle, args=[1e6], daemon=True)  # unwoken, it never looks again
+    waiting.start()
+    while not premapper._wake._waiters:  # type: ignore[attr-defined]
+        assert waiting.is_alive()
+        time.sleep(0.001)
+    go_on.set()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert isinstance(premapper.error, DriverError) is dies
     premapper.stop()
     bench.retire_all()
     bench.close()
@@ -262,6 +277,28 @@ def test_a_worker_starts_once_and_stops_as_often_as_you_like(open_bench: OpenBen
     premapper.stop()
     with pytest.raises(UsageError, match="premap_tokens"):
         Premapper(bench.cache, 0)
+    bench.close()
+
+
+def test_nobody_waits_for_a_worker_that_was_asked_for_nothing_even_while_it_begins(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    slot_id = bench.grown(5)
+    go_on = threading.Event()
+
+    def blocks(point: Point) -> None:
+        if point.operation == "bind_thread":
+            go_on.wait(60)
+
+    premapper = Premapper(bench.cache, 20)
+    with bench.faulty.failing(blocks):
+        premapper.start()
+        assert premapper.wait_idle(0)
+        premapper.request({slot_id: 5})
+        assert not premapper.wait_idle(0)
+        go_on.set()
+        assert premapper.wait_idle()
+    premapper.stop()
+    bench.retire_all()
     bench.close()
 
 
@@ -308,7 +345,7 @@ def test_growth_waits_for_the_worker_on_the_same_slot_and_only_there(
         premapper.request({slot_id: 5})
         assert inside.wait(60)
         bench.cache.ensure({other: 40})  # passes
-        monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.001)
+        monkeypatch.setattr("vmem_kv.claims.STALL_TIMEOUT_S", 0.001)
         with pytest.raises(DriverError, match="stayed busy") as caught:
             bench.cache.ensure({slot_id: 40})
         assert (caught.value.operation, caught.value.code) == ("wait", errno.ETIMEDOUT)
@@ -337,7 +374,7 @@ def test_failing_once_in_the_worker_leaves_nothing_behind(open_bench: OpenBench)
 def test_whoever_waits_for_a_slot_is_woken_when_it_is_free(
     open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 1e6)  # who is not woken never looks again
+    monkeypatch.setattr("vmem_kv.claims.STALL_TIMEOUT_S", 1e6)  # who is not woken never looks again
     bench = open_bench()
     slot_id = bench.grown(5)
     inside, go_on = threading.Event(), threading.Event()

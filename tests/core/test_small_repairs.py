@@ -25,7 +25,7 @@ def test_sliding_within_a_page_makes_no_driver_call_and_waits_for_nothing(open_b
     slots = [bench.grown(30), bench.grown(30)]
     calls = dict(bench.driver.calls)
     bench.cache.slide(slots, 1, ManualFence())
-    assert not bench.cache._slides
+    assert not bench.cache._pending.slides
     bench.cache.slide(slots, 2)
     assert dict(bench.driver.calls) == calls
     bench.cache.slide(slots, 29)
@@ -114,7 +114,9 @@ def test_a_forked_child_does_not_keep_the_parents_memory() -> None:
     driver.close()
 
 
-def test_premapping_that_gets_no_thread_says_so(open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_premapping_that_gets_no_thread_says_so(
+    open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -122,8 +124,11 @@ def test_premapping_that_gets_no_thread_says_so(open_bench: OpenBench, monkeypat
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with Premapper(bench.cache, 10) as premapper:
         assert isinstance(premapper.error, RuntimeError)
+        assert "mapping is synchronous: can't start new thread" in caplog.text
         assert not premapper.is_alive
         assert premapper.wait_idle()
+        with pytest.raises(UsageError, match="starts once"):
+            premapper.start()
     bench.close()
 
 

@@ -183,6 +183,61 @@ def test_threads_that_reclaim_from_each_others_caches_do_not_wait_for_each_other
     bench.close()
 
 
+class Beam:
+    """Forks a sequence that it shares with other threads, again and again: goes on, goes back within it, ends."""
+
+    def __init__(self, bench: Bench, source: SlotId, number: int) -> None:
+        self.bench, self.cache, self.source = bench, bench.cache, source
+        self.choose = random.Random(number)
+        self.fill = bytes([number + 1])
+
+    def __call__(self) -> None:
+        n_forks = 0
+        while n_forks < N_FORKS:
+            n_common = self.choose.randint(0, N_COMMON)
+            try:
+                fork = self.cache.fork(self.source, n_common)
+            except OutOfSlots:
+                continue  # others are just unmapping what ended
+            n_forks += 1
+            longer = self.choose.randint(n_common, 48)
+            self.go_on(fork, n_common, longer)
+            n_common = min(n_common, n_tokens := self.choose.randint(0, longer))
+            self.cache.truncate(fork, n_tokens)
+            self.go_on(fork, n_common, n_tokens)
+            self.cache.retire(fork)
+
+    def go_on(self, fork: SlotId, n_common: int, n_tokens: int) -> None:
+        """Write what is this fork's own, and look at all of it."""
+        self.cache.ensure({fork: n_tokens})
+        for plane_index in range(len(self.bench.layout.planes)):
+            for token in range(n_common, n_tokens):
+                self.bench.write_row(fork, plane_index, token, self.fill)
+            for token in range(n_tokens):
+                seen, wanted = set(self.bench.row(fork, plane_index, token)), COMMON if token < n_common else self.fill
+                assert seen == set(wanted), f"token {token} of a fork shows {seen}, not {set(wanted)}"
+
+
+N_FORKS = 25
+N_COMMON = 40
+COMMON = b"\xc0"
+
+
+@pytest.mark.parametrize("kind", ["token_major", "per_layer"])
+def test_threads_fork_and_cut_one_sequence_and_it_stays_as_it_is(open_bench: OpenBench, kind: str) -> None:
+    bench = open_bench(kind, max_pages=300, n_slots=1 + 4 * N_WORKERS)
+    source = bench.grown(N_COMMON, COMMON)
+    run_all(*(Beam(bench, source, number) for number in range(N_WORKERS)))
+    bench.check()
+    for plane_index in range(len(bench.layout.planes)):
+        for token in range(N_COMMON):
+            assert set(bench.row(source, plane_index, token)) == set(COMMON)
+    assert bench.cache.stats().n_saved_pages == 0
+    assert not bench.cache.region.table.shares
+    bench.retire_all()
+    bench.close()
+
+
 @pytest.mark.parametrize("keep_freed", [False, True])
 def test_an_owner_notices_the_bytes_of_another(
     open_bench: OpenBench, monkeypatch: pytest.MonkeyPatch, keep_freed: bool

@@ -17,7 +17,7 @@ from vmem_kv.growth import GrowthPlan, PageRange, Run, SlotId, plan_growth
 from vmem_kv.layout import WASTE_TARGET, LayerSpec, Layout, TensorSpec, choose_layout
 from vmem_kv.pages import PagePool
 from vmem_kv.slots import SlotState, SlotTable
-from vmem_kv.testing import Adaptor, LimitingDriver
+from vmem_kv.testing import Adaptor, FaultyDriver, LimitingDriver, Point, driver_error, natural_error
 from vmem_kv.units import format_bytes
 
 from .drivers import open_driver, physical_bytes
@@ -313,7 +313,8 @@ def test_a_pool_may_promise_nine_tenths_of_what_is_available(n_available: int) -
     driver = LimitingDriver(host, n_available * PAGE)
     assert PagePool(driver, PAGE).max_pages == n_most
     assert PagePool(driver, PAGE, n_most).max_pages == n_most
-    with pytest.raises(ConfigError, match=f"lower max_bytes to {format_bytes(n_most * PAGE)}"):
+    too_many, most = format_bytes((n_most + 1) * PAGE), format_bytes(n_most * PAGE)
+    with pytest.raises(ConfigError, match=f"a pool of {too_many} does not fit.*lower max_bytes to {most} or less"):
         PagePool(driver, PAGE, n_most + 1)
     with pytest.raises(ConfigError, match="at least one page"):
         PagePool(driver, PAGE, 0)
@@ -357,4 +358,20 @@ def test_a_trim_of_no_pages_is_none_and_of_fewer_is_refused() -> None:
     assert pool.trim(0) == 0
     with pytest.raises(UsageError, match="trim of -1 pages"):
         pool.trim(-1)
+    driver.close()
+
+
+def test_a_page_that_cannot_go_back_does_not_hide_why_the_next_one_was_not_made() -> None:
+    def second_page_and_releases(point: Point) -> BaseException | None:
+        if point.operation == "create" and point.n_of_kind == 2:
+            return natural_error(point)
+        return driver_error()(point) if point.operation == "release" else None
+
+    driver = open_driver("native")
+    pool = PagePool(FaultyDriver(driver, second_page_and_releases), PAGE, 10)
+    with pytest.raises(OutOfPages):
+        pool.take([PAGE, 2 * PAGE])
+    pool.check()
+    assert (pool.n_owned, pool.n_quarantined) == (1, 1)
+    driver.release(PAGE, pool._quarantined)
     driver.close()

@@ -46,7 +46,7 @@ from vmem_kv.errors import (
     OutOfPages,
     UsageError,
 )
-from vmem_kv.machine import Machine, describe_machine
+from vmem_kv.machine import Machine, Memory, describe_machine, describe_memory
 from vmem_kv.units import format_bytes, round_up
 
 _UPPER_HALF = 1 << 47
@@ -117,7 +117,7 @@ class HostDriver(Driver):
         )
 
     def available_bytes(self) -> int:
-        return _available_bytes(describe_machine(), self._huge_pages)
+        return _available_bytes(describe_memory(), self._huge_pages)
 
     def reserve(self, n_bytes: int) -> Reservation:
         self._enter("reserve")
@@ -276,8 +276,8 @@ class HostDriver(Driver):
         return Handle(offset)
 
 
-def _available_bytes(machine: Machine, huge_pages: bool) -> int:
-    return machine.n_huge_pages_free * machine.huge_page_bytes if huge_pages else machine.usable_memory_bytes
+def _available_bytes(memory: Memory, huge_pages: bool) -> int:
+    return memory.n_huge_pages_free * memory.huge_page_bytes if huge_pages else memory.usable_memory_bytes
 
 
 def _open_memfd(machine: Machine, huge_pages: bool) -> int:

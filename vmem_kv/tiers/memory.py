@@ -27,7 +27,7 @@ from typing import Protocol
 
 from vmem_kv.driver.ledger import PROCESS, Ledger
 from vmem_kv.errors import ConfigError, DriverError, OutOfHostMemory, UsageError, VmemError
-from vmem_kv.machine import describe_machine
+from vmem_kv.machine import describe_memory
 from vmem_kv.units import MIB, ceil_div, format_bytes
 
 FRAME_BYTES = 2 * MIB
@@ -219,7 +219,7 @@ class FramePool:
             raise ConfigError(f"frame_bytes is {frame_bytes}; it must be a multiple of {mmap.PAGESIZE}")
         if max_bytes < frame_bytes:
             raise ConfigError(f"max_bytes is {max_bytes}; a tier needs at least a frame of {format_bytes(frame_bytes)}")
-        usable_bytes = describe_machine().usable_memory_bytes
+        usable_bytes = describe_memory().usable_memory_bytes
         if max_bytes > usable_bytes * MEMORY_SHARE:
             raise ConfigError(
                 f"{format_bytes(max_bytes)} for parked sequences are more than {MEMORY_SHARE:.0%} of the "

@@ -1,0 +1,32 @@
+"""What waits for a fence: what moves on when it has passed, and what is left alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmem_kv.errors import OutOfMappings
+from vmem_kv.testing import Point, fail_any, fail_kind
+
+from .bench import OpenBench
+
+
+def refused(point: Point) -> BaseException:
+    return OutOfMappings(f"injected at point {point.n}")
+
+
+def test_beside_what_failed_for_good_only_what_was_refused_is_tried_again(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    slot_id = bench.grown(40)
+    bench.cache.retire(slot_id)
+    fails = fail_any(fail_kind("unmap", 1, refused), fail_kind("unmap", 2))
+    with bench.faulty.failing(fails), pytest.raises(OutOfMappings):
+        bench.cache.reclaim(1)
+    refused_pages, lost_pages = (len(stuck.range[1]) for stuck in bench.cache.region.unmapper.stuck)
+    assert bench.pool.n_quarantined == refused_pages + lost_pages
+    n_calls = bench.driver.calls["unmap"]
+    assert bench.cache.reclaim(0) == refused_pages
+    assert bench.driver.calls["unmap"] == n_calls + 1
+    assert bench.pool.n_quarantined == lost_pages
+    assert bench.cache.region.broken == {slot_id}
+    bench.check()
+    bench.close()
