@@ -46,6 +46,13 @@ make_venv() {
     "$python" -m venv --clear "$1"
 }
 
+# What pytest is told about processes: as many as there are CPUs, at most 4.
+parallel_options() {
+    local n_cpus
+    n_cpus=$(env -u OMP_NUM_THREADS nproc) # nproc obeys that variable
+    printf '%s\n' -n "$((n_cpus < 4 ? n_cpus : 4))" --dist worksteal
+}
+
 # fingerprint WORD...: what an environment was made from; another value means that it has to be brought up to date.
 # An environment that looks into another one has that one's interpreter among its WORDs.
 fingerprint() {

@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests use."""
+"""Fixtures that several folders of tests use, which tests run, and in which order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from .figures import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401 - hooks
+from . import figures
+from .figures import PROOFS, pytest_addoption, pytest_terminal_summary  # noqa: F401 - hooks
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a shell started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONG_FORMS = "slow"
+"""The marker of tests that take minutes to hours."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the long forms out, unless the user's own expression has a word on them."""
+    figures.pytest_configure(config)
+    wanted = config.option.markexpr
+    if LONG_FORMS not in wanted:
+        config.option.markexpr = f"({wanted}) and not {LONG_FORMS}" if wanted else f"not {LONG_FORMS}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the proofs: they take longest, and who comes last may have all the others wait."""
+    items.sort(key=lambda item: not item.nodeid.startswith(PROOFS))
+
 
 TEXT = "the sky is blue because light of short waves scatters most in clear air and we look up to see it"
 

@@ -3,7 +3,7 @@
 A test records a figure as the name of what it showed, on which driver, and counts. Figures of one name and driver are
 added up over tests, and over the workers of pytest-xdist. At the end of a run they are printed, and what was skipped
 beside them, with the reason: it was not shown. `--figures FILE` writes the same as Markdown, between two marker lines
-where the file has them.
+where the file has them. A run that shows nothing leaves the file alone: one command may be several runs.
 
 Guarantees: only tests that passed count. Their number, and that of those that did not, stands in the first line.
 Assumptions: `tests/conftest.py` imports the hooks from here. A controlling process of pytest-xdist collects nothing and
@@ -93,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for reason, n_tests in skipped.items():
         terminalreporter.write_line(f"not shown: {reason}{_in_tests(n_tests)}")
     path = config.getoption("figures")
-    if path is not None:
+    if path is not None and figures:
         n_tests = {outcome: len(reports) for outcome, reports in terminalreporter.stats.items()}
         head = headline(config.stash[BEGAN], n_tests, config)
         old = path.read_text("utf-8") if path.exists() else ""

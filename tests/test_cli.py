@@ -396,7 +396,7 @@ def test_doctor_exits_with_1_where_no_driver_can_be_used(monkeypatch: pytest.Mon
     assert "memory files are forbidden here" in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 @pytest.mark.timeout(600)  # the first time on a machine, it converts
 def test_the_real_model_answers_over_demand_mapped_memory() -> None:
     data = run_json("generate", "-p", "What is the capital of France?", "-n", "24", "--compare")

@@ -330,7 +330,6 @@ def test_emulated_times_are_marked_in_their_columns(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.json", "t.log", "t.md"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1_800)
 def test_the_suite_runs_on_the_emulated_driver(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -199,7 +199,7 @@ def test_progress_bars_of_transformers_are_off_only_while_loading(tiny_model_fol
     assert logging.is_progress_bar_enabled()
 
 
-@pytest.mark.slow
+@pytest.mark.real_model
 @pytest.mark.timeout(600)  # the first time on a machine, it converts
 def test_the_default_model_writes_english_and_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     models.resolve()

@@ -74,8 +74,7 @@ def test_a_job_travels_as_it_is(tiny_model_folder: Path, tmp_path: Path) -> None
     assert found["n_tokens"] == workload.n_output_tokens
 
 
-@pytest.mark.slow  # a visit is a process that imports torch and transformers
-@pytest.mark.timeout(600)  # of a busy machine
+@pytest.mark.timeout(600)  # a visit is a process that imports torch and transformers, maybe on a busy machine
 def test_the_program(tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "serving.json", tmp_path / "serving.png"
     options = ["--model", str(tiny_model_folder), "--systems", "vmem_kv", "--workloads", "at_once"]

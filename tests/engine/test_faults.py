@@ -260,7 +260,6 @@ def seeded_requests() -> list[Request]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "environment"),
     [

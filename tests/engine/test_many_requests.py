@@ -19,8 +19,6 @@ from ..held import Held
 from .harness import MAX_STEPS, engine_on, n_pages_in_use, prompt_of, run, slots_in_use
 from .tokenizers import word_tokenizer
 
-pytestmark = pytest.mark.slow
-
 N_SLOTS = 10
 MAX_IDLE_STEPS = 100
 """Steps in which at least one token must come: the promise of progress."""

@@ -8,7 +8,7 @@ import torch
 from vmem_kv import LLM, SamplingParams
 from vmem_kv.models import load
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
 PROMPTS = [
     "The capital of France is",

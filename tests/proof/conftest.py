@@ -1,4 +1,4 @@
-"""What the proofs share: the drivers, `--long` for the forms that take hours, and `record` for their figures."""
+"""What the proofs share: the drivers, and `record` for their figures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from ..figures import Record, recorder
 from .drivers import DRIVERS, empty_device, open_driver, physical_bytes
 
 __all__ = ["Record"]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the long forms of the proofs (hours)")
-
-
-@pytest.fixture
-def is_long(request: pytest.FixtureRequest) -> bool:
-    """Whether the long forms were asked for."""
-    return bool(request.config.getoption("--long", default=False))
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +34,12 @@ def driver(driver_name: str) -> Iterator[Driver]:
     yield opened
     assert physical_bytes(opened) == 0
     opened.close()
+
+
+@pytest.fixture
+def never_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one thread nobody can end what a call waits for: it gives up at once, and nothing may have changed."""
+    monkeypatch.setattr("vmem_kv.claims.STALL_TIMEOUT_S", 0)
 
 
 @pytest.fixture

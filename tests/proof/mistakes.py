@@ -15,13 +15,16 @@ import pytest
 
 from vmem_kv import growth
 from vmem_kv.cache import KVCache
+from vmem_kv.claims import Claims
 from vmem_kv.driver.base import Handle
 from vmem_kv.driver.host import HostDriver
 from vmem_kv.growth import SlotId
+from vmem_kv.page_table import PageTable
 from vmem_kv.pages import PagePool
 from vmem_kv.region import Region
 from vmem_kv.slots import SlotTable
 from vmem_kv.testing import FaultyDriver
+from vmem_kv.unmapping import Unmapper
 
 Mistake = Callable[[pytest.MonkeyPatch], None]
 
@@ -67,7 +70,8 @@ def unmaps_a_page_too_many(patch: pytest.MonkeyPatch) -> None:
 
 
 def loses_the_undo_of_a_map(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("vmem_kv.region._ranges_of_plan", lambda plan, handles, n_mapped, **keywords: [])
+    patch.setattr("vmem_kv.mapping.ranges_of", lambda plan, handles, n_mapped: [])
+    patch.setattr("vmem_kv.mapping.pages_of", lambda plan, handles: [])
 
 
 def does_not_refund_mappings(patch: pytest.MonkeyPatch) -> None:
@@ -156,7 +160,7 @@ def maps_one_page_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def miscounts_mappings(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Region, "_count_mappings", lambda region, handles: len(handles) // 3)
+    patch.setattr(PageTable, "count_mappings", lambda table, handles: len(handles) // 3)
 
 
 def maps_a_page_too_few(patch: pytest.MonkeyPatch) -> None:
@@ -191,9 +195,10 @@ def forgets_what_create_made_before_it_failed(patch: pytest.MonkeyPatch) -> None
 
 
 def leaves_a_slot_busy(patch: pytest.MonkeyPatch) -> None:
-    unbusy = KVCache._unbusy
-    patch.setattr(KVCache, "_unbusy", lambda cache, slots: None if cache.region.broken else unbusy(cache, slots))
-    patch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.01)  # or whoever meets it waits for a minute
+    """A claim on several slots ends for one of them."""
+    end = Claims.end
+    patch.setattr(Claims, "end", lambda claims, slot_ids: end(claims, list(slot_ids)[:1]))
+    patch.setattr("vmem_kv.claims.STALL_TIMEOUT_S", 0.01)  # or whoever meets it waits for a minute
 
 
 def waits_for_its_own_stream_only(patch: pytest.MonkeyPatch) -> None:
@@ -201,10 +206,31 @@ def waits_for_its_own_stream_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KVCache, "fence", lambda cache: cache.pool.driver.fence())
 
 
+def truncates_under_kernels(patch: pytest.MonkeyPatch) -> None:
+    """It does not wait before it takes away what is truncated and shared."""
+    wrong = rewritten(KVCache.begin_truncate, "partial(self._wait_for, fence)", "lambda: None")  # type: ignore[arg-type]
+    patch.setattr(KVCache, "begin_truncate", wrong)
+
+
+def shares_under_kernels(patch: pytest.MonkeyPatch) -> None:
+    wrong = rewritten(KVCache.begin_share, "partial(self._wait_for, fence)", "lambda: None")  # type: ignore[arg-type]
+    patch.setattr(KVCache, "begin_share", wrong)
+
+
+def vacates_under_kernels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCache, "vacate", rewritten(KVCache.vacate, "self._wait_for(fence)", "pass"))  # type: ignore[arg-type]
+
+
+def forgets_streams_of_forks(patch: pytest.MonkeyPatch) -> None:
+    """A fence does not cover the streams on which forks copy."""
+    piece = "self._streams.add(self.pool.driver.current_stream())"
+    patch.setattr(KVCache, "fork_adjacent", rewritten(KVCache.fork_adjacent, piece, "pass"))  # type: ignore[arg-type]
+
+
 def is_certain_after_a_second_interruption(patch: pytest.MonkeyPatch) -> None:
     """Whatever a second Ctrl-C left, it takes for mapped."""
-    wrong = rewritten(Region._unmap_ranges, "may_pass=True, is_certain=False", "may_pass=True, is_certain=True")  # type: ignore[arg-type]
-    patch.setattr(Region, "_unmap_ranges", wrong)
+    wrong = rewritten(Unmapper.unmap, "may_pass=True, is_certain=False", "may_pass=True, is_certain=True")  # type: ignore[arg-type]
+    patch.setattr(Unmapper, "unmap", wrong)
 
 
 IN_ANY_RUN: tuple[Mistake, ...] = (
@@ -230,6 +256,9 @@ IN_ANY_RUN: tuple[Mistake, ...] = (
     reclaims_the_newest_first,
     forgets_what_create_made_before_it_failed,
     leaves_a_slot_busy,
+    truncates_under_kernels,
+    shares_under_kernels,
+    vacates_under_kernels,
 )
 """What random operations with faults must find."""
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as TypingSequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,6 +50,14 @@ from .drivers import physical_bytes
 T = TypeVar("T")
 
 MAX_TOKENS = 40
+
+
+@lru_cache(maxsize=4096)
+def _pattern(seed: int, row_bytes: int) -> Any:
+    """The bytes of a whole sequence, as `[token, byte]`."""
+    pattern = (seed + np.arange(MAX_TOKENS)[:, None] * 31 + np.arange(row_bytes) % 251).astype(np.uint8)
+    pattern.flags.writeable = False
+    return pattern
 
 
 @dataclass(eq=False)
@@ -295,7 +304,7 @@ class Story:
         sequence.cut(n_tokens)
 
     def _share(self, target: Sequence, source: Sequence) -> None:
-        n_tokens, rows = target.n_due or target.n_tokens, self.cache.region.rows
+        n_tokens, rows = target.n_due or target.n_tokens, self.cache.region.table.rows
         self._exchange(
             [source, target],
             lambda: self.cache.share({target.slot: source.slot}, n_tokens),
@@ -329,7 +338,7 @@ class Story:
         except (VmemError, KeyboardInterrupt):
             for sequence in sequences:
                 n_left = self.cache.n_tokens(sequence.slot)
-                assert n_left == sequence.n_tokens or sequence.slot in self.cache.region._damaged
+                assert n_left == sequence.n_tokens or sequence.slot in self.cache.region.unmapper.damaged
                 if n_left < sequence.n_tokens:
                     sequence.n_due, sequence.n_tokens = sequence.n_tokens, n_left
             raise
@@ -389,6 +398,8 @@ class Story:
     def _expected(self, sequence: Sequence, plane_index: int, first: int, end: int) -> Any:
         """The bytes of a sequence's rows `[first, end)` in a plane."""
         expected = self._pattern(sequence.number, plane_index, first, end)
+        if sequence.past:
+            expected = expected.copy()
         for past_end, number in reversed(sequence.past):
             if past_end > first:
                 part = self._pattern(number, plane_index, first, min(past_end, end))
@@ -396,10 +407,10 @@ class Story:
         return expected
 
     def _pattern(self, number: int, plane_index: int, first: int, end: int) -> Any:
-        """The bytes that a sequence of this number writes to its rows `[first, end)` of a plane."""
-        seed, tokens = number * 101 + plane_index * 57 + 1, np.arange(first, end)[:, None]
-        n_bytes = self.cache.layout.planes[plane_index].token_bytes
-        return (seed + tokens * 31 + np.arange(n_bytes) % 251).astype(np.uint8)
+        """The bytes that a sequence of this number writes to its rows `[first, end)` of a plane; not to be changed."""
+        return _pattern(number * 101 + plane_index * 57 + 1, self.cache.layout.planes[plane_index].token_bytes)[
+            first:end
+        ]
 
     def _retire(self, gone: list[Sequence], fence: ManualFence | None) -> None:
         still = [s for s in gone if s in self.sequences]
@@ -432,7 +443,7 @@ class Story:
             return call()
         except (VmemError, KeyboardInterrupt):
             after = books(self.cache)
-            damaged = self.cache.region._damaged.intersection(exchanging)
+            damaged = self.cache.region.unmapper.damaged.intersection(exchanging)
             assert active_part(self.cache, damaged) == (active_part_of(before, damaged) if damaged else active_before)
             gave_back = {"unmap", "release", "fence"} & {point.operation for point in self.faulty.faults[n_faults:]}
             if not damaged and not gave_back and self._warm() == warm_before:
@@ -446,8 +457,8 @@ class Story:
         """The books add up, by themselves and against the driver's, and every live row is there."""
         for cache in self.caches:
             cache.check()
-        n_stuck = sum(self._n_mapped(stuck) for cache in self.caches for stuck in cache.region._stuck)
-        n_places = sum(cache.region.n_pages(slot) for cache in self.caches for slot in cache.region.mapped)
+        n_stuck = sum(self._n_mapped(stuck) for cache in self.caches for stuck in cache.region.unmapper.stuck)
+        n_places = sum(cache.region.table.n_pages(slot) for cache in self.caches for slot in cache.region.table.mapped)
         assert n_places + n_stuck == self.driver.n_live_mappings
         assert self.pool.n_owned == self.driver.n_live_handles
         assert self.pool.n_in_flight == 0

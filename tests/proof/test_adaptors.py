@@ -146,7 +146,7 @@ def test_tracking_finds_a_leaked_page(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trace_replays_on_another_driver_and_leaves_the_same() -> None:
     calls: list[Call] = []
     cache = use(LoggingDriver(open_driver("native"), calls))
-    n_live = sum(len(planes) for slot in cache.region.handles().values() for planes in slot)
+    n_live = sum(len(planes) for slot in cache.region.table.handles.values() for planes in slot)
     lines = [call.to_json() for call in calls]
     for name in ("native", "cuda"):
         checked = CheckedDriver(open_driver(name))

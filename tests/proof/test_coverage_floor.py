@@ -50,5 +50,6 @@ def test_one_branch_that_is_not_taken_is_too_few(calls: str, status: int, tmp_pa
         )
 
     assert coverage("run", settings, "--source=.", "half.py").returncode == 0
+    assert coverage("combine", settings).returncode == 0
     done = coverage("report", settings, "--include=*/half.py")
     assert (done.returncode, "half.py" in done.stdout) == (status, True), done.stdout + done.stderr

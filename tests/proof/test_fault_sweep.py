@@ -46,15 +46,12 @@ FLOOR_POINTS = 5000
 """Injection points on each driver, over all layouts with freed pages kept and released."""
 
 
-@pytest.mark.parametrize("keep_freed", KEEP, ids=["freed pages go", "freed pages stay"])
-@pytest.mark.parametrize(("kind", "rows"), LAYOUTS)
-def test_any_call_may_fail_once_or_from_then_on(
+def fail_once_and_from_then_on(
     driver: Driver, driver_name: str, kind: str, rows: str, keep_freed: bool, record: Record
-) -> None:
+) -> int:
+    """Sweep every scenario; return how many injection points that had."""
     counts = sweep(driver, kind, rows=rows, keep_freed=keep_freed, plans=PLANS)
     assert counts["once"] == counts["from then on"] == counts["points"]
-    # Each test makes its share, so that together they make all, whichever process runs which.
-    assert counts["points"] >= FLOOR_POINTS / (len(KEEP) * len(LAYOUTS))
     record(
         "every driver call of every scenario fails, once and from then on",
         driver_name,
@@ -62,16 +59,29 @@ def test_any_call_may_fail_once_or_from_then_on(
         lives=counts["once"] + counts["from then on"],
         faults=counts["faults"],
     )
+    return counts["points"]
 
 
-def test_any_call_may_fail_in_other_ways(driver: Driver, driver_name: str, record: Record) -> None:
+@pytest.mark.parametrize("keep_freed", KEEP, ids=["freed pages go", "freed pages stay"])
+@pytest.mark.parametrize(("kind", "rows"), LAYOUTS)
+def test_any_call_may_fail_once_or_from_then_on(
+    driver: Driver, driver_name: str, kind: str, rows: str, keep_freed: bool, record: Record
+) -> None:
+    n_points = fail_once_and_from_then_on(driver, driver_name, kind, rows, keep_freed, record)
+    # Each test makes its share, so that together they make all, whichever process runs which.
+    assert n_points >= FLOOR_POINTS / (len(KEEP) * len(LAYOUTS))
+
+
+def fail_in_other_ways(
+    driver: Driver, driver_name: str, kind: str, rows: str, keep_freed: bool, record: Record
+) -> None:
     """Interrupted (Ctrl-C), and by a driver error where running out of something is more natural."""
 
     def differs(story: Story, plan: str, n: int) -> bool:
         natural = natural_error(story.faulty.points[n - 1])
         return plan == "interrupted" or not isinstance(natural, DriverError)
 
-    counts = sweep(driver, "group:2", keep_freed=True, plans=OTHER_PLANS, only=differs)
+    counts = sweep(driver, kind, rows=rows, keep_freed=keep_freed, plans=OTHER_PLANS, only=differs)
     assert counts["interrupted"] == counts["points"]
     assert counts["once with a driver error"] > 0
     record(
@@ -83,17 +93,14 @@ def test_any_call_may_fail_in_other_ways(driver: Driver, driver_name: str, recor
     )
 
 
+def test_any_call_may_fail_in_other_ways(driver: Driver, driver_name: str, record: Record) -> None:
+    fail_in_other_ways(driver, driver_name, "group:2", "odd", True, record)
+
+
 def test_any_call_of_the_hosts_python_way_may_fail(record: Record) -> None:
     driver = open_driver("python")
-    counts = sweep(driver, "group:2", keep_freed=False, plans=PLANS)
+    fail_once_and_from_then_on(driver, "python", "group:2", "odd", False, record)
     driver.close()
-    record(
-        "every driver call of every scenario fails, once and from then on",
-        "python",
-        injection_points=counts["points"],
-        lives=counts["once"] + counts["from then on"],
-        faults=counts["faults"],
-    )
 
 
 def test_a_cache_whose_close_was_interrupted_is_whole_and_closes_again() -> None:
@@ -108,19 +115,26 @@ def test_a_cache_whose_close_was_interrupted_is_whole_and_closes_again() -> None
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "keep_freed"), [("per_layer", False), ("group:2", True)], ids=["per_layer", "group:2"]
-)
-def test_a_second_failure_may_hit_while_the_first_is_undone(
-    driver: Driver, driver_name: str, kind: str, keep_freed: bool, record: Record
-) -> None:
-    """Only points behind which there is something to undo: creating, mapping, accessing, scrubbing and giving back."""
+def fail_again_while_it_is_undone(
+    driver: Driver, driver_name: str, kind: str, rows: str, keep_freed: bool, record: Record, *, every: int = 1
+) -> int:
+    """Only points behind which there is something to undo: creating, mapping, accessing, scrubbing and giving back.
+
+    Args:
+        every: Of these, every so many-th one, another one under each plan.
+
+    Returns:
+        How many lives had two failures or more.
+    """
+    plans = list(COMPOUND_PLANS)
 
     def undoes(story: Story, plan: str, n: int) -> bool:
-        return story.faulty.points[n - 1].operation in ("create", "map", "set_access", "scrub", "unmap")
+        operation = story.faulty.points[n - 1].operation
+        is_chosen = (n + plans.index(plan)) % every == 0
+        return is_chosen and operation in ("create", "map", "set_access", "scrub", "unmap")
 
-    counts = sweep(driver, kind, keep_freed=keep_freed, plans=COMPOUND_PLANS, only=undoes)
-    assert counts["compound"] >= 1000
+    counts = sweep(driver, kind, rows=rows, keep_freed=keep_freed, plans=plans, only=undoes)
+    assert counts["compound"] > 0
     assert counts["quarantined"] > 0
     record(
         "a second failure while the first is undone",
@@ -129,6 +143,16 @@ def test_a_second_failure_may_hit_while_the_first_is_undone(
         pages_quarantined=counts["quarantined"],
         of_them_reused=counts["reused"],
     )
+    return counts["compound"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep_freed"), [("per_layer", False), ("group:2", True)], ids=["per_layer", "group:2"]
+)
+def test_a_second_failure_may_hit_while_the_first_is_undone(
+    driver: Driver, driver_name: str, kind: str, keep_freed: bool, record: Record
+) -> None:
+    assert fail_again_while_it_is_undone(driver, driver_name, kind, "odd", keep_freed, record, every=2) >= 1000
 
 
 def test_a_pool_that_hands_out_lost_pages_is_caught_whatever_its_books_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +181,7 @@ EXACT_ROWS = (maps_a_page_too_many,)
 
 @pytest.mark.parametrize("mistake", IN_A_SWEEP)
 def test_the_sweep_finds_a_planted_mistake(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("vmem_kv.claims.STALL_TIMEOUT_S", 0.01)
     mistake(monkeypatch)
     scenarios: Collection[Callable[[Story], None]] = [
         grows_several_across_planes,

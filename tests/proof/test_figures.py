@@ -11,7 +11,7 @@ import pytest
 
 from ..core.subprocesses import ROOT, TIMEOUT_S
 from ..figures import BEGIN, END, put_in
-from . import mistakes, test_sharing_mistakes
+from . import mistakes, test_sharing_mistakes, tier_mistakes
 from .mistakes import IN_A_SWEEP, IN_ANY_RUN
 
 CONFTEST = """
@@ -107,10 +107,10 @@ def test_the_page_about_reliability_names_every_planted_mistake_and_who_finds_it
     assert in_runs | in_both == words({mistake.__name__ for mistake in IN_ANY_RUN})
     planted = {
         name
-        for module in (mistakes, test_sharing_mistakes)
+        for module in (mistakes, test_sharing_mistakes, tier_mistakes)
         for name, function in vars(module).items()
         if getattr(function, "__annotations__", {}).get("patch") == "pytest.MonkeyPatch"
     }
     text = " ".join(RELIABILITY.read_text("utf-8").split())
-    assert len(planted) > 30
+    assert len(planted) > 45
     assert [name for name in words(planted) if name not in text] == []

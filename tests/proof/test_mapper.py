@@ -94,10 +94,11 @@ class Decoding:
         assert (driver.n_live_mappings, driver.n_live_reservations, driver.n_live_handles) == (0, 0, 0)
 
 
-def test_a_batch_decodes_with_the_mapper_at_its_heels(driver: Driver, driver_name: str, record: Record) -> None:
+def decode_with_the_mapper(driver: Driver, driver_name: str, n_steps: int, record: Record) -> None:
+    """Decode a batch for so many steps with the mapper at its heels."""
     decoding = Decoding(driver)
     with Premapper(decoding.cache, 6) as premapper:
-        for _ in range(N_STEPS):
+        for _ in range(n_steps):
             decoding.step(premapper)
         assert premapper.wait_idle(TIMEOUT_S)
         assert premapper.error is None
@@ -106,11 +107,15 @@ def test_a_batch_decodes_with_the_mapper_at_its_heels(driver: Driver, driver_nam
     record(
         "mapper thread beside a decoding batch",
         driver_name,
-        steps=N_STEPS,
+        steps=n_steps,
         sequences=decoding.n_sequences,
         pages_mapped_ahead=premapper.n_pages,
         tags_verified=decoding.tags.n_checks,
     )
+
+
+def test_a_batch_decodes_with_the_mapper_at_its_heels(driver: Driver, driver_name: str, record: Record) -> None:
+    decode_with_the_mapper(driver, driver_name, N_STEPS, record)
 
 
 def decode_in_lockstep(device: Driver, plan: Plan) -> tuple[Decoding, Premapper]:
@@ -154,20 +159,27 @@ def test_the_mapper_may_be_killed_at_each_of_its_steps(driver: Driver, driver_na
     record("mapper killed, by an exception and by a driver error", driver_name, steps=n_steps, times_killed=2 * n_steps)
 
 
-@pytest.mark.parametrize("fault_share", [0.0, 0.3])
-def test_threads_on_one_pool_lose_nothing(driver_name: str, fault_share: float, record: Record) -> None:
-    options = StressOptions(driver_name, 1, 20_000, None, fault_share, n_threads=4)
+def work_in_threads(
+    driver_name: str, fault_share: float, seed: int, n_ops: int, n_threads: int, record: Record
+) -> None:
+    """Do so many operations, every other round of them by several threads at a time."""
+    options = StressOptions(driver_name, seed, n_ops, None, fault_share, n_threads=n_threads)
     progress = run_stress(options, lambda: open_driver(driver_name))
     assert progress.findings == []
-    assert 20_000 <= progress.n_ops < 20_010  # a step that parks does more than one
+    assert n_ops <= progress.n_ops < n_ops + 10  # a step that parks does more than one
     record(
-        "4 threads on one pool",
+        f"{n_threads} threads on one pool",
         driver_name,
         operations=progress.n_ops,
         faults=progress.n_faults,
         tags_verified=progress.n_checks,
         findings=len(progress.findings),
     )
+
+
+@pytest.mark.parametrize("fault_share", [0.0, 0.3])
+def test_threads_on_one_pool_lose_nothing(driver_name: str, fault_share: float, record: Record) -> None:
+    work_in_threads(driver_name, fault_share, 1, 20_000, 4, record)
 
 
 def test_threads_find_a_planted_race(monkeypatch: pytest.MonkeyPatch) -> None:

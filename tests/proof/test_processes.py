@@ -78,15 +78,19 @@ print(n_least, files.n_seen, files.n_bytes // MIB, n_left, files.wait({last_pati
 """
 
 
-def test_memory_of_a_killed_process_goes_back(record: Record) -> None:
+def kill_processes(n_kills: int, record: Record) -> None:
     """Every child owns 4 MiB and more. What counts is its memory files, each of them, and whether the kernel gave it
     up: what else the machine's memory is used for does not matter."""
-    code = KILLS.format(leak="", n_kills=N_KILLS, patience_s=120, last_patience_s=0)
+    code = KILLS.format(leak="", n_kills=n_kills, patience_s=120, last_patience_s=0)
     n_least, n_files, mebibytes, n_left, _ = map(int, output_of(code).split())
     assert n_least >= 4
-    assert n_files == N_KILLS
+    assert n_files == n_kills
     assert n_left == 0
-    record("kill -9 at random moments", "native", processes=N_KILLS, MiB_owned=mebibytes, memory_files_left=n_left)
+    record("kill -9 at random moments", "native", processes=n_kills, MiB_owned=mebibytes, memory_files_left=n_left)
+
+
+def test_memory_of_a_killed_process_goes_back(record: Record) -> None:
+    kill_processes(N_KILLS, record)
 
 
 @pytest.mark.parametrize("leak", ["a process that keeps it", "a name"])
@@ -224,7 +228,9 @@ def test_interrupted_twice_it_ends_at_once_without_a_traceback(threads: str) -> 
     assert err.strip() == "error: interrupted"
 
 
-def test_a_thousand_caches_in_one_process_leave_nothing(driver_name: str, record: Record) -> None:
+def open_and_close(driver_name: str, n_cycles: int, record: Record) -> None:
+    """Open a driver and a cache, use them, and close them, so many times."""
+
     def cycle() -> None:
         driver = open_driver(driver_name)
         page = driver.info.granularity_bytes
@@ -240,11 +246,15 @@ def test_a_thousand_caches_in_one_process_leave_nothing(driver_name: str, record
     for _ in range(5):
         cycle()
     before, n_mappings_before = Held.now(), n_mappings_of_caches()
-    for _ in range(1000):
+    for _ in range(n_cycles):
         cycle()
     assert not Held.now().beyond(before)
     assert n_mappings_of_caches() - n_mappings_before <= 20  # guards of stacks and the like
-    record("open and close in one process", driver_name, cycles=1000, files_and_threads_left=0)
+    record("open and close in one process", driver_name, cycles=n_cycles, files_and_threads_left=0)
+
+
+def test_a_thousand_caches_in_one_process_leave_nothing(driver_name: str, record: Record) -> None:
+    open_and_close(driver_name, 1000, record)
 
 
 def n_mappings_of_caches() -> int:

@@ -1,8 +1,4 @@
-"""Random operations against the reference model, with shadow tags on every row, on every driver.
-
-pytest tests/proof/test_random_ops.py                      1,000,000 operations
-pytest tests/proof/test_random_ops.py --long -n 2          100,000,000
-"""
+"""Random operations against the reference model, with shadow tags on every row, on every driver."""
 
 from __future__ import annotations
 
@@ -22,14 +18,12 @@ from .drivers import OPENERS, open_driver
 from .mistakes import IN_ANY_RUN, Mistake, does_not_scrub, scrubs_as_the_first_neighbour_needs
 
 SHARDS = {("native", seed): 100_000 for seed in range(1, 9)} | {("cuda", seed): 50_000 for seed in range(1, 5)}
-"""(driver, seed) -> operations in the short form; 100 times as many in the long one."""
+"""(driver, seed) -> operations."""
 
 
-@pytest.mark.timeout(12 * 3600)
-@pytest.mark.parametrize(("name", "seed"), SHARDS)
-def test_random_operations_agree_with_the_model(name: str, seed: int, is_long: bool, record: Record) -> None:
+def agree_with_the_model(name: str, seed: int, n_ops: int, record: Record) -> None:
+    """Do so many random operations of this seed."""
     driver = open_driver(name)
-    n_ops = SHARDS[name, seed] * (100 if is_long else 1)
     totals = random_run(seed, n_ops, driver, opener=OPENERS[name])
     driver.close()
     assert totals.n_ops == n_ops
@@ -44,6 +38,12 @@ def test_random_operations_agree_with_the_model(name: str, seed: int, is_long: b
         tags_verified=totals.n_checks,
         pages_read_as_zeros=totals.n_pages,
     )
+
+
+@pytest.mark.timeout(900)  # of a busy machine
+@pytest.mark.parametrize(("name", "seed"), SHARDS)
+def test_random_operations_agree_with_the_model(name: str, seed: int, record: Record) -> None:
+    agree_with_the_model(name, seed, SHARDS[name, seed], record)
 
 
 @pytest.mark.parametrize("mistake", IN_ANY_RUN)
@@ -184,15 +184,17 @@ def makes_sense(run: Run, operation: Operation) -> bool:
     return run.is_possible(operation) and not takes_a_fence and run.n_broken() < 2
 
 
-SETTINGS = settings(
-    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
-
-
-def test_hypothesis_finds_no_list_of_operations_that_goes_wrong(driver: Driver, record: Record) -> None:
+def try_lists(driver: Driver, n_lists: int, record: Record) -> None:
+    """Let hypothesis make so many lists of operations, always the same ones."""
     n_done = 0
 
-    @SETTINGS
+    @settings(
+        max_examples=n_lists,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(operations(), min_size=5, max_size=60), st.sampled_from(sorted(ROWS)), st.booleans())
     def try_list(wanted: list[Operation], rows: str, keep_freed: bool) -> None:
         nonlocal n_done
@@ -205,7 +207,11 @@ def test_hypothesis_finds_no_list_of_operations_that_goes_wrong(driver: Driver, 
 
     try_list()
     assert n_done > 1000
-    record("lists of operations by hypothesis", driver.info.name, lists=SETTINGS.max_examples, operations=n_done)
+    record("lists of operations by hypothesis", driver.info.name, lists=n_lists, operations=n_done)
+
+
+def test_hypothesis_finds_no_list_of_operations_that_goes_wrong(driver: Driver, record: Record) -> None:
+    try_lists(driver, 300, record)
 
 
 def test_operations_that_make_no_sense_are_left_out_of_a_repetition() -> None:

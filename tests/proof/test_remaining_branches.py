@@ -271,7 +271,7 @@ def test_a_page_in_two_places_is_an_invariant_error() -> None:
     lab = Lab()
     slot_id = lab.cache.acquire()
     lab.cache.ensure({slot_id: 10})
-    handles = lab.cache.region.handles()[slot_id]
+    handles = lab.cache.region.table.handles[slot_id]
     kept, handles[1][0] = handles[1][0], handles[0][0]
     with pytest.raises(InvariantError, match="mapped pages"):
         lab.cache.check()
@@ -395,10 +395,10 @@ def test_a_reservation_that_the_driver_does_not_know_is_not_taken_for_freed() ->
 def test_a_page_outside_of_its_plane_is_an_invariant_error() -> None:
     lab = Lab()
     slot_id = lab.cache.acquire()
-    kept, lab.cache.region.mapped[slot_id][0] = lab.cache.region.mapped[slot_id][0], PageRange(999, 999)
+    kept, lab.cache.region.table.mapped[slot_id][0] = lab.cache.region.table.mapped[slot_id][0], PageRange(999, 999)
     with pytest.raises(InvariantError, match="outside of its plane"):
         lab.cache.check()
-    lab.cache.region.mapped[slot_id][0] = kept
+    lab.cache.region.table.mapped[slot_id][0] = kept
     lab.close()
 
 

@@ -1,29 +1,42 @@
-"""Every order of {grow, premap, retire, pass fence, reclaim}: as sequences, and each in the middle of each other."""
+"""Every order of {grow, premap, retire, pass fence, reclaim} and of {grow, fork, truncate, share, ...}.
+
+As sequences, and each call in the middle of each other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
+from typing import NamedTuple
 
 import pytest
 
-from vmem_kv.cache import KVCache
+from vmem_kv.claims import Claims
 from vmem_kv.driver.base import Driver
-from vmem_kv.errors import CapacityError, DriverError, VmemError
 from vmem_kv.growth import SlotId
+from vmem_kv.sharing import tail_copies
 from vmem_kv.testing import ManualFence
-from vmem_kv.testing.explorer import CallHook, Explored, explore, walk
+from vmem_kv.testing.explorer import CallHook, Explored, Path, explore, walk
 from vmem_kv.testing.operations import MAX_TOKENS, Run
 
 from .conftest import Record
 from .drivers import open_driver
+from .exploring import Middle, arrangement, overlap, show
 from .mistakes import unmaps_too_early
 
-pytestmark = pytest.mark.timeout(900)  # of a busy machine
+pytestmark = [pytest.mark.usefixtures("never_wait"), pytest.mark.timeout(900)]  # of a busy machine
 
 DEPTH = 10
 SHARING_DEPTH = 7
 STATES_DEPTH = 4
+SHARED: tuple[Path, ...] = (
+    ("grow the first", "fork the first"),
+    ("grow the first", "fork the first", "fork the first"),
+    ("grow the first", "fork the first", "retire"),
+)
+"""To two sequences on the same pages, to three, and to one whose other owner waits for a fence."""
 STEP = 24
 N_SLOTS, MAX_PAGES = 2, 24
 
@@ -87,14 +100,8 @@ class Lab:
         return True
 
     def fingerprint(self) -> Hashable:
-        model = self.run.model
-        slots = tuple((s.state, s.n_tokens, tuple(s.ends), s.domain if any(s.ends) else "") for s in model.slots)
-        first_home = {frame: page for page, frame in sorted(model.pages.items(), reverse=True)}
-        shared = tuple(
-            sorted((page, first_home[frame]) for page, frame in model.pages.items() if page != first_home[frame])
-        )
         waiting = tuple(self.run.fences[number][0] for number in sorted(self.run.fences))
-        return slots, shared, tuple(self.live), waiting, tuple(model.reclaim_order()), model.n_free
+        return arrangement(self.run.model), tuple(self.live), waiting
 
 
 MOVES: dict[str, Callable[[Lab], bool]] = {
@@ -124,18 +131,17 @@ def explore_on(
     return explore(lambda: Lab(hook, n_slots), moves, Lab.fingerprint, lambda lab: lab.run.finish(), depth)
 
 
+def make_every_sequence_of_sharing_moves(driver: Driver, driver_name: str, depth: int, record: Record) -> None:
+    """Every order of so many moves with forks."""
+    explored = explore_on(driver, depth, SHARING_MOVES, n_slots=3)
+    assert explored.n_schedules > 10_000
+    show(record, f"every sequence of {depth} moves with forks and truncations", driver_name, explored)
+
+
 def test_every_sequence_of_sharing_moves_agrees_with_the_model(
     driver: Driver, driver_name: str, record: Record
 ) -> None:
-    explored = explore_on(driver, SHARING_DEPTH, SHARING_MOVES, n_slots=3)
-    assert explored.n_schedules > 10_000
-    record(
-        f"every sequence of {SHARING_DEPTH} moves with forks and truncations",
-        driver_name,
-        schedules=explored.n_schedules,
-        states=len(explored.states),
-        runs=explored.n_runs,
-    )
+    make_every_sequence_of_sharing_moves(driver, driver_name, SHARING_DEPTH, record)
 
 
 def test_the_explorer_finds_what_is_unmapped_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,49 +150,48 @@ def test_the_explorer_finds_what_is_unmapped_too_early(monkeypatch: pytest.Monke
         explore_on(open_driver("native"), 5)
 
 
-def test_every_sequence_of_moves_agrees_with_the_model(driver: Driver, driver_name: str, record: Record) -> None:
-    explored = explore_on(driver, DEPTH)
+def make_every_sequence_of_moves(driver: Driver, driver_name: str, depth: int, record: Record) -> None:
+    """Every order of so many moves."""
+    explored = explore_on(driver, depth)
     assert explored.n_schedules > 1_000_000
-    record(
-        f"every sequence of {DEPTH} moves",
-        driver_name,
-        schedules=explored.n_schedules,
-        states=len(explored.states),
-        runs=explored.n_runs,
-    )
+    show(record, f"every sequence of {depth} moves", driver_name, explored)
 
 
-# Each move in the middle of each other, from every state. What happens in the middle goes past the model, which knows
-# no half calls: bare calls on the cache, tags for what sequences hold, and the books.
+def test_every_sequence_of_moves_agrees_with_the_model(driver: Driver, driver_name: str, record: Record) -> None:
+    make_every_sequence_of_moves(driver, driver_name, DEPTH, record)
 
 
-class Middle:
-    """A lab whose next two calls overlap."""
+# Each call in the middle of each other, from every state.
+
+
+class Two(Middle):
+    """A lab whose next two calls overlap. Sequences are those that there were before the first of them."""
 
     def __init__(self, lab: Lab) -> None:
-        self.lab, self.run, self.cache = lab, lab.run, lab.run.cache
-        self.lengths = {s: self.run.model.slots[s].n_tokens for s in lab.live}
+        super().__init__(lab.run, STEP)
+        self.first, self.second, *_ = [*lab.live, None, None]
+        self.last = lab.live[-1] if len(lab.live) > 1 else None
         self.fences = [fence for _, fence, _ in self.run.fences.values()]
-        self.n_blocked = 0
 
-    def grow(self, index: int) -> None:
-        if index >= len(self.lab.live):
-            return
-        slot = self.lab.live[index]
-        longer = min(MAX_TOKENS, self.lengths[slot] + STEP)
-        self.cache.ensure({SlotId(slot): longer})
-        self.run.tags.write(slot, self.lengths[slot], longer, slot + 1000)
-        self.lengths[slot] = longer
+    def premap(self, slots: Iterable[int | None], n_tokens: int) -> None:
+        there = [slot for slot in slots if slot in self.lengths]
+        self.cache.premap({SlotId(slot): min(MAX_TOKENS, self.lengths[slot] + n_tokens) for slot in there})
 
-    def premap(self) -> None:
-        self.cache.premap({SlotId(s): min(MAX_TOKENS, n + 2 * STEP) for s, n in self.lengths.items()})
-
-    def retire(self) -> None:
-        if self.lab.live:
-            slot = self.lab.live.pop(0)
+    def retire(self, slot: int | None) -> None:
+        if slot in self.lengths:
             del self.lengths[slot]
             self.fences.append(ManualFence())
             self.cache.retire(SlotId(slot), self.fences[-1])
+
+    def share(self) -> None:
+        """The last goes on from the first one's tokens, as many as it has: a beam that changes its place."""
+        first, last = self.first, self.last
+        if first in self.lengths and last in self.lengths and self.lengths[first] >= self.lengths[last]:
+            n_tokens = self.lengths[last]
+            self.cache.share({SlotId(last): SlotId(first)}, n_tokens)
+            base = self.cache.region.reservation.base
+            self.run.base.copy(tail_copies(self.run.layout, base, SlotId(first), SlotId(last), n_tokens))
+            self.run.tags.fork(first, last, n_tokens)
 
     def pass_fence(self) -> None:
         if self.fences:
@@ -196,112 +201,123 @@ class Middle:
     def reclaim(self) -> None:
         self.cache.reclaim(3)
 
-    def acquire(self) -> None:
-        slot = self.cache.acquire(expected_tokens=20, domain="c")
-        self.lengths[slot] = 0
-
-    def tolerant(self, call: Callable[[], None]) -> None:
-        """Running out, or finding a slot busy that another call holds, is no error: nothing may have changed."""
-        try:
-            call()
-        except CapacityError:
-            pass
-        except DriverError as error:
-            if error.name != "ETIMEDOUT":
-                raise
-            self.n_blocked += 1
-
     def verify(self) -> None:
-        self.cache.check()
-        for slot, n_tokens in self.lengths.items():
-            assert self.cache.n_tokens(SlotId(slot)) == n_tokens
-            self.run.tags.verify(slot, 0, n_tokens)
         for fence in self.fences:
             fence.pass_()
-        self.cache.retire(self.cache.active_slots())
-        self.cache.close()
-        self.run.pool.trim()
-        driver = self.run.driver
-        assert (driver.n_live_mappings, driver.n_live_reservations, driver.n_live_handles) == (0, 0, 0)
+        super().verify()
 
 
-CALLS: dict[str, Callable[[Middle], None]] = {
-    "grow the first": lambda middle: middle.grow(0),
-    "grow the second": lambda middle: middle.grow(1),
-    "premap": Middle.premap,
-    "retire": Middle.retire,
-    "pass a fence": Middle.pass_fence,
-    "reclaim": Middle.reclaim,
-    "acquire": Middle.acquire,
+class Call(NamedTuple):
+    """A call, and whose steps it makes: the contract leaves those of one sequence to one thread."""
+
+    make: Callable[[Two], None]
+    steps: frozenset[str] = frozenset()
+
+
+ALONE: dict[str, Call] = {
+    "grow the first": Call(lambda two: two.grow(two.first), frozenset({"first"})),
+    "retire the first": Call(lambda two: two.retire(two.first), frozenset({"first"})),
+    "pass a fence": Call(Two.pass_fence),
+    "reclaim": Call(Two.reclaim),
 }
 
-ONE_THREAD = {
-    ("grow the first", "grow the first"),
-    ("grow the second", "grow the second"),
-    ("grow the first", "retire"),
+CALLS: dict[str, Call] = ALONE | {
+    "grow the second": Call(lambda two: two.grow(two.second), frozenset({"second"})),
+    "retire the second": Call(lambda two: two.retire(two.second), frozenset({"second"})),
+    "premap": Call(lambda two: two.premap([*two.lengths], 2 * STEP)),
+    "acquire": Call(lambda two: two.acquire("c")),
 }
-"""Pairs that the contract leaves to one thread: a sequence's own steps."""
+
+SHARING_CALLS: dict[str, Call] = ALONE | {
+    "fork the first": Call(lambda two: two.fork(two.first)),
+    "truncate the first": Call(lambda two: two.truncate(two.first), frozenset({"first"})),
+    "grow the last": Call(lambda two: two.grow(two.last), frozenset({"last"})),
+    "truncate the last": Call(lambda two: two.truncate(two.last), frozenset({"last"})),
+    "premap the last": Call(lambda two: two.premap([two.last], STEP)),
+    "vacate the last": Call(lambda two: two.vacate(two.last), frozenset({"last"})),
+    "share": Call(Two.share, frozenset({"first", "last"})),
+    "adopt": Call(lambda two: two.acquire("a")),
+}
 
 
-def overlap(driver: Driver, states: dict[Hashable, tuple[str, ...]]) -> tuple[int, int]:
-    """Try each call at every moment of each other, from every state; return how many overlaps, and how many blocked."""
-    n_overlaps = n_blocked = 0
-    hook = CallHook(driver)
-    for path in states.values():
-        for outer in CALLS:
-            for inner in CALLS:
-                if (outer, inner) in ONE_THREAD or (inner, outer) in ONE_THREAD:
-                    continue
-                at = 1
-                while True:
-                    middle = Middle(walk(lambda: Lab(hook), MOVES, path))
-                    hook.arm(at, lambda middle=middle, inner=inner: middle.tolerant(lambda: CALLS[inner](middle)))  # type: ignore[misc]
-                    middle.tolerant(lambda middle=middle, outer=outer: CALLS[outer](middle))  # type: ignore[misc]
-                    has_overlapped = hook.n_moments >= at
-                    hook.arm(0, lambda: None)
-                    try:
-                        middle.verify()
-                    except (AssertionError, VmemError) as error:
-                        where = f"{inner!r} at moment {at} of {outer!r}, after {' -> '.join(path)}"
-                        raise AssertionError(f"{where}: {error!r}") from error
-                    if not has_overlapped:
-                        break
-                    n_overlaps += 1
-                    n_blocked += middle.n_blocked
-                    at += 1
-    return n_overlaps, n_blocked
+def overlap_all(
+    driver: Driver,
+    paths: Iterable[Path],
+    calls: dict[str, Call] = CALLS,
+    moves: dict[str, Callable[[Lab], bool]] = MOVES,
+    n_slots: int = N_SLOTS,
+) -> Counter[str]:
+    """Try each call at every moment of each other, after every path; see `overlap`."""
+    hook, counts = CallHook(driver), Counter[str]()
+    for path in paths:
+
+        def begin(path: Path = path) -> Two:
+            return Two(walk(lambda: Lab(hook, n_slots), moves, path))
+
+        for (outer_name, outer), (inner_name, inner) in product(calls.items(), repeat=2):
+            if not outer.steps & inner.steps:
+                what = f"{inner_name!r} in the middle of {outer_name!r}, after {' -> '.join(path)}"
+                counts += overlap(hook, begin, outer.make, inner.make, what)
+    return counts
 
 
-@pytest.fixture(autouse=True)
-def _never_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one thread nobody can end what a call waits for: it gives up at once, and nothing may have changed."""
-    monkeypatch.setattr("vmem_kv.cache.STALL_TIMEOUT_S", 0)
+def make_every_call_in_the_middle(driver: Driver, driver_name: str, depth: int, record: Record) -> None:
+    """Every call at every moment of every other, from every state of so many moves at most."""
+    states = explore_on(driver, depth).states
+    counts = overlap_all(driver, states.values())
+    assert counts["overlaps"] > 2000
+    assert 0 < counts["had_to_wait"] < counts["overlaps"]
+    record("each call at each moment of each other", driver_name, states=len(states), **counts)
 
 
 def test_every_call_may_come_in_the_middle_of_every_other(driver: Driver, driver_name: str, record: Record) -> None:
-    states = explore_on(driver, STATES_DEPTH).states
-    n_overlaps, n_blocked = overlap(driver, states)
-    assert n_overlaps > 2000
-    assert 0 < n_blocked < n_overlaps
-    record(
-        "each call at each moment of each other",
-        driver_name,
-        states=len(states),
-        overlaps=n_overlaps,
-        that_had_to_wait=n_blocked,
-    )
+    make_every_call_in_the_middle(driver, driver_name, STATES_DEPTH, record)
 
 
-def test_the_explorer_finds_a_planted_race(monkeypatch: pytest.MonkeyPatch) -> None:
+def make_every_call_where_pages_are_shared(
+    driver: Driver, driver_name: str, paths: Collection[Path], record: Record
+) -> None:
+    """Every call at every moment of every other, after these paths."""
+    counts = overlap_all(driver, paths, SHARING_CALLS, SHARING_MOVES, n_slots=3)
+    assert counts["overlaps"] > 2000
+    assert 0 < counts["had_to_wait"] < counts["overlaps"]
+    record("each call at each moment of each other, of which some share", driver_name, states=len(paths), **counts)
+
+
+def test_every_call_may_come_in_the_middle_of_what_shares(driver: Driver, driver_name: str, record: Record) -> None:
+    make_every_call_where_pages_are_shared(driver, driver_name, SHARED, record)
+
+
+def paths_that_share(driver: Driver, depth: int) -> list[Path]:
+    """To every state of so many moves at most in which a sequence was forked."""
+    states = explore_on(driver, depth, SHARING_MOVES, n_slots=3).states
+    return [path for path in states.values() if "fork the first" in path]
+
+
+def test_the_paths_to_what_shares_are_some_of_all() -> None:
+    assert set(SHARED) < set(paths_that_share(open_driver("native"), 3))
+
+
+SHARING_RACE = {name: SHARING_CALLS[name] for name in ("fork the first", "truncate the first")}
+
+
+@pytest.mark.parametrize(
+    ("path", "calls", "moves"),
+    [(("grow the first",), CALLS, MOVES), (SHARED[0], SHARING_RACE, SHARING_MOVES)],
+    ids=["any", "what shares"],
+)
+def test_the_explorer_finds_a_planted_race(
+    path: Path, calls: dict[str, Call], moves: dict[str, Callable[[Lab], bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two calls that work on one slot at a time, because nobody says that it is busy."""
 
     @contextmanager
-    def careless(cache: KVCache, slot_ids: object) -> Iterator[None]:
+    def careless(claims: Claims, slot_ids: object) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(KVCache, "_exclusive", careless)
-    with pytest.raises((AssertionError, VmemError)):
-        overlap(open_driver("native"), {0: ("grow the first",)})
+    monkeypatch.setattr(Claims, "exclusive", careless)
+    with pytest.raises(AssertionError, match="in the middle of"):
+        overlap_all(open_driver("native"), [path], calls, moves, n_slots=3)
 
 
 def test_the_explorer_finds_a_move_that_goes_wrong_late() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from typing import Any
+
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from vmem_kv.cli.app import app
+from vmem_kv.cli.stress import _bar, _counters
+from vmem_kv.driver.base import Driver
 from vmem_kv.errors import DriverError
 from vmem_kv.testing import FaultyDriver
 from vmem_kv.testing.clock import ManualClock
 from vmem_kv.testing.operations import Totals
-from vmem_kv.testing.stress import OPS_OF_ROUND, Progress, StressOptions, _ThreadRound, run_stress
+from vmem_kv.testing.stress import OPS_OF_ROUND, Finding, Progress, StressOptions, run_stress
+from vmem_kv.testing.thread_round import ThreadRound
 
 from ..core.subprocesses import run_python
 from .drivers import open_driver
@@ -37,6 +44,8 @@ def test_a_finding_comes_with_a_short_program(mistake: Mistake, monkeypatch: pyt
     result = stress("--ops", "50000", "--seed", "2")
     assert result.exit_code == 1, result.output
     assert "finding with seed" in result.output
+    assert "1 findings" in result.output
+    assert not result.output.startswith("0 operations")  # those of the round in which it shows count too
     program = result.output.partition("To repeat it:")[2]
     assert "run = Run(" in program
     assert 1 <= program.count("run.") <= 15
@@ -47,6 +56,7 @@ def test_the_engine_finds_a_planted_mistake(mistake: Mistake, monkeypatch: pytes
     mistake(monkeypatch)
     progress = run_stress(StressOptions(n_ops=30_000), lambda: open_driver("native"))
     assert len(progress.findings) == 1
+    assert (progress.n_rounds - 1) * OPS_OF_ROUND < progress.n_ops  # the round of the finding is counted as well
     if mistake is maps_one_page_twice:
         return  # which pages it takes depends on the offsets that earlier rounds left to the driver
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of whatever type was found
@@ -55,19 +65,22 @@ def test_the_engine_finds_a_planted_mistake(mistake: Mistake, monkeypatch: pytes
 
 
 def no_single_rounds(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("vmem_kv.testing.stress.random_run", lambda *arguments, **keywords: Progress(n_ops=300))
+    def run(seed: int, n_ops: int, driver: Driver, *, totals: Totals, **keywords: object) -> None:
+        totals.n_ops += n_ops
+
+    patch.setattr("vmem_kv.testing.stress.random_run", run)
 
 
 def test_threads_that_find_something_say_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted is what one round's choices alone bring about: the command must make that very round."""
     no_single_rounds(monkeypatch)
-    run = _ThreadRound.run
+    begin = ThreadRound.__init__
 
-    def fails_in_the_third(around: _ThreadRound) -> Totals:
-        assert around.workers[0]._number != (4 * 1_000_003 + 2) & 0xFFFF, "planted"
-        return run(around)
+    def fails_in_the_third(around: ThreadRound, driver: Driver, seed: int, *arguments: Any) -> None:
+        assert seed != 4 * 1_000_003 + 2, "planted"
+        begin(around, driver, seed, *arguments)
 
-    monkeypatch.setattr(_ThreadRound, "run", fails_in_the_third)
+    monkeypatch.setattr(ThreadRound, "__init__", fails_in_the_third)
     result = stress("--ops", "5000", "--threads", "3", "--seed", "4", "--faults", "0.2")
     assert result.exit_code == 1
     assert "It repeats what threads chose, not who came first." in result.output
@@ -92,6 +105,28 @@ def test_rounds_of_threads_come_first_and_are_counted_by_themselves() -> None:
     result = stress("--ops", "300", "--threads", "3", "--faults", "0")
     assert result.exit_code == 0, result.output
     assert "300 operations (300 of them by threads)" in result.output
+
+
+def test_operations_of_threads_that_find_something_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaks_one_page(monkeypatch)
+    result = stress("--ops", "3000", "--threads", "3", "--faults", "0")
+    assert result.exit_code == 1, result.output
+    n_ops = int(result.output.partition(" operations")[0].replace(",", ""))
+    assert n_ops > 0
+    assert ", 0 tags" not in result.output
+
+
+def test_a_narrow_line_tells_what_was_found_all_the_same() -> None:
+    console = Console(width=40, file=io.StringIO(), force_terminal=True, color_system=None)
+    done = Progress(1_200_300, 60_000, 12_345, 123_456, 12_345_678, findings=[Finding("planted", 1)])
+    bar = _bar(console)
+    bar.update(bar.add_task("", total=1.0, counters=_counters(done)), completed=0.5)
+    console.print(bar.get_renderable())
+    assert isinstance(console.file, io.StringIO)
+    text = " ".join(console.file.getvalue().split())
+    assert "50%" in text
+    assert "1,200,300 operations (60,000 of them by threads), 12,345 faults, 123,456 pages" in text
+    assert text.endswith("12,345,678 tags, 1 findings")
 
 
 def test_threads_that_cannot_begin_have_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

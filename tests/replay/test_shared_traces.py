@@ -67,7 +67,6 @@ def test_a_table_that_is_no_trace_is_told_from_one() -> None:
 
 
 @NO_TRACES
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["len_sharegpt_val10k", "azure2023_conv", "mooncake_conversation"])
 def test_token_major_pages_fill_up_as_published(name: str) -> None:
     """The figure that PagedAttention published for itself, under full load: 96.3 %."""

@@ -31,7 +31,7 @@ FLAGS = (
 )
 BACKGROUND = {"light": (0xF6, 0xF7, 0xF9), "dark": (0x0F, 0x13, 0x19)}
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.core.subprocesses import ROOT
 
 from .harness import WAIT_S
 from .test_commands import START_S, process
 
-pytestmark = pytest.mark.slow
 ASK = {"model": "model", "prompt": "the sky is", "max_tokens": 8, "temperature": 0}
 
 

@@ -76,7 +76,6 @@ def test_the_log_is_read_for_errors_and_tracebacks() -> None:
     assert log.error_lines[1:] == ['{"level": "error"}\n', "Traceback (most recent call last):\n"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)  # half a minute on two idle cores; clients that wait to be cut off take their time
 def test_the_smallest_soak(tiny_model_folder: Path, tmp_path: Path) -> None:
     """Ten seconds of everything. Whether memory grows cannot be said after so short a time; all else must hold."""

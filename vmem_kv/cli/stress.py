@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
+from rich.table import Column
 
 from vmem_kv.errors import ConfigError
 from vmem_kv.testing.stress import Finding, StressOptions, run_stress
@@ -24,9 +25,13 @@ from vmem_kv.testing.targets import open_driver
 
 DEFAULT_OPS = 100_000
 
+_BAR_CELLS = 8
+
 
 def stress(
-    driver: Annotated[str, typer.Option(help="host, host:native, host:python, host:huge (hugetlbfs) or cuda:0.")] = "host",
+    driver: Annotated[
+        str, typer.Option(help="host, host:native, host:python, host:huge (hugetlbfs) or cuda:0.")
+    ] = "host",
     seed: Annotated[int, typer.Option(min=0, help="All that is chosen depends on it.")] = 1,
     ops: Annotated[
         int | None,
@@ -98,7 +103,9 @@ def stress(
 
 
 def _bar(console: Console) -> Progress:
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.fields[counters]}"))
+    """A progress bar. Where the line is narrow the counters take several: what was found must not be cut off."""
+    counters = TextColumn("{task.fields[counters]}", table_column=Column(no_wrap=False))
+    columns = (BarColumn(_BAR_CELLS), TaskProgressColumn(), TimeElapsedColumn(), counters)
     return Progress(*columns, console=console, transient=True)
 
 

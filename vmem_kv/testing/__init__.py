@@ -19,12 +19,14 @@ docs/testing-a-driver.md shows each of them at work.
 Whole proofs, in modules of their own (they need numpy):
 
     operations         random operations held against the model and shadow tags, as replayable programs
-    tier_operations    the same with a host tier, files and sessions, against a model of these (tier_model)
+    tier_operations    the same with a host tier and files, against a model of these (tier_model)
+    session_operations the same with sessions, which go down the tiers and come back
     late               a device whose copies to and from the host run as late as the contract lets them
     shadow             tags that say whose every K and V row is
     shrink             shortens a list of operations that goes wrong
     explorer           every order of moves, and moves in the middle of others
     stress             the engine of `vmem-kv stress`
+    thread_round       several threads on one cache, which share pages and end in each other's middle
     attention_ops   CPU stand-ins for the operators of CUDA attention kernels (a module of its own: it imports torch)
 
 None of it is imported by the rest of the package, and none of it needs a test framework.

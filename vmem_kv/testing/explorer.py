@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from vmem_kv.driver.base import Driver, Fence, Handle, Reservation, Span
+from vmem_kv.driver.base import Copy, Driver, Fence, Handle, Reservation, Span
 from vmem_kv.testing.adaptor import Adaptor
 
 T = TypeVar("T")
@@ -145,6 +145,9 @@ class CallHook(Adaptor):
 
     def scrub(self, spans: Sequence[Span]) -> None:
         self._around(lambda: self.inner.scrub(spans))
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        self._around(lambda: self.inner.copy(copies))
 
     def copy_to_host(self, address: int, buffer: memoryview) -> Fence:
         self._moment()

@@ -1,14 +1,16 @@
-"""How the checks of this package read and write device memory, and a fence that passes when the test says so."""
+"""How the checks of this package read and write device memory, and fences that stand for kernels still running."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from vmem_kv.driver.base import Driver
 from vmem_kv.errors import DriverError
+from vmem_kv.testing.probe import can_read, find_probe
 
 STALL_TIMEOUT_S = 10.0
 """How long a manual fence is waited for."""
@@ -22,6 +24,9 @@ class Memory(Protocol):
 
     def write(self, address: int, data: bytes) -> None:
         """Store `data` from `address` on."""
+
+    def is_mapped(self, address: int) -> bool | None:
+        """Whether anything can be touched at an address, found out without touching it; None if nobody can say."""
 
 
 class HostMemory:
@@ -38,12 +43,17 @@ class HostMemory:
         """Store `data` from `address` on."""
         ctypes.memmove(address, data, len(data))
 
+    def is_mapped(self, address: int) -> bool:
+        """Whether this process can read there, by the kernel's word."""
+        return can_read(address)
+
 
 class DriverMemory:
     """Memory reached through a driver's own copies, wherever it is."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self._probe = find_probe(driver.info.device)
 
     def read(self, address: int, n_bytes: int) -> bytes:
         """Return the bytes of `[address, address + n_bytes)`."""
@@ -54,6 +64,10 @@ class DriverMemory:
     def write(self, address: int, data: bytes) -> None:
         """Store `data` from `address` on."""
         self._driver.copy_from_host(memoryview(data), address).wait()
+
+    def is_mapped(self, address: int) -> bool | None:
+        """Whether anything is mapped there, by the kernel's or the CUDA driver's word; None for other devices."""
+        return self._probe(address) if self._probe else None
 
 
 class ManualFence:
@@ -77,3 +91,25 @@ class ManualFence:
     def pass_(self) -> None:
         """Let the fence pass. It stays so."""
         self._passed.set()
+
+
+class KernelFence:
+    """A fence behind a kernel that runs until somebody waits for it, and not a moment longer.
+
+    Args:
+        at_its_end: Called at that moment, once: it looks whether all is there still that the kernel reads.
+    """
+
+    def __init__(self, at_its_end: Callable[[], object]) -> None:
+        self._at_its_end = at_its_end
+        self._is_over = False
+
+    def passed(self) -> bool:
+        """Whether `wait` was called."""
+        return self._is_over
+
+    def wait(self) -> None:
+        """Let the kernel end."""
+        if not self._is_over:
+            self._at_its_end()
+            self._is_over = True

@@ -12,19 +12,20 @@ Assumptions: nobody else uses the driver.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypedDict
 
 from vmem_kv.cache import KVCache
-from vmem_kv.driver.base import PASSED, Driver
+from vmem_kv.driver.base import PASSED, Driver, Fence
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.errors import CapacityError, DriverError, OutOfPages, OutOfSlots, UsageError
 from vmem_kv.growth import SlotId
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import PagePool
 from vmem_kv.sharing import tail_copies
-from vmem_kv.testing.faults import FaultyDriver, driver_error, fail_from, fail_once, no_faults
-from vmem_kv.testing.memory import DriverMemory, HostMemory, ManualFence
+from vmem_kv.testing.faults import FaultyDriver, Point, driver_error, fail_from, fail_once, no_faults
+from vmem_kv.testing.memory import DriverMemory, HostMemory, KernelFence, ManualFence
 from vmem_kv.testing.model import Page, ReferenceModel
 from vmem_kv.testing.shadow import ShadowTags, words_of
 
@@ -47,7 +48,7 @@ class Operation(NamedTuple):
     fault: Fault
 
     def __str__(self) -> str:
-        return f"run.{self.name}({', '.join(map(repr, self.arguments))}, fault={self.fault})"
+        return f"run.{self.name}({', '.join([*map(repr, self.arguments), f'fault={self.fault}'])})"
 
 
 class Found(AssertionError):
@@ -85,6 +86,15 @@ def exact_layout(kind: str, page_bytes: int, *, n_slots: int, max_tokens: int = 
 
 ROWS: dict[str, Callable[..., Layout]] = {"odd": odd_layout, "exact": exact_layout}
 """How the rows of a plane lie on its pages."""
+
+
+class RunOptions(TypedDict, total=False):
+    """What a `Run` may be told beside its driver and its layout."""
+
+    rows: str
+    n_slots: int
+    max_pages: int
+    keep_freed: bool
 
 
 class Run:
@@ -244,7 +254,8 @@ class Run:
         self._begin("truncate", (slot, n_tokens), fault)
         fits, victims = self.model.plan_truncate(slot, n_tokens)
         try:
-            self.cache.truncate(SlotId(slot), n_tokens, PASSED)
+            with self._kernel_on(slot) as fence:
+                self.cache.truncate(SlotId(slot), n_tokens, fence)
         except OutOfPages:
             require(not fits, "the pages were there")
             if not self.is_faulted:
@@ -264,7 +275,8 @@ class Run:
         self._begin("share", (target, source), fault)
         n_tokens = self.model.slots[target].n_tokens
         try:
-            self.cache.share({SlotId(target): SlotId(source)}, n_tokens, PASSED)
+            with self._kernel_on(target) as fence:
+                self.cache.share({SlotId(target): SlotId(source)}, n_tokens, fence)
         except DriverError:
             require(self.is_faulted, "a driver error without a fault")
         else:
@@ -279,7 +291,8 @@ class Run:
         self._begin("vacate", (slot,), fault)
         self.model.vacated(slot)
         self.fences = {number: fence for number, fence in self.fences.items() if fence[0] != slot}
-        self._may_break_off(lambda: self.cache.vacate(SlotId(slot), PASSED))
+        with self._kernel_on(slot) as fence:
+            self._may_break_off(lambda: self.cache.vacate(SlotId(slot), fence))
         self._end()
 
     def slide(self, slot: int, first_token: int, fence: int | None, fault: Fault = None) -> None:
@@ -402,6 +415,10 @@ class Run:
         """Do one random operation."""
         step(self, choose, fault_share)
 
+    def fault_error(self, point: Point) -> BaseException:
+        """What a planned fault fails with at a point."""
+        return driver_error()(point)
+
     # Lists of operations
 
     def is_possible(self, operation: Operation) -> bool:
@@ -505,7 +522,24 @@ class Run:
         self.faulty.begin_count()
         if fault is not None:
             from_then_on, n = fault
-            self.faulty.plan = (fail_from if from_then_on else fail_once)(n, driver_error())
+            self.faulty.plan = (fail_from if from_then_on else fail_once)(n, self.fault_error)
+
+    @contextmanager
+    def _kernel_on(self, slot: int) -> Iterator[Fence]:
+        """Let a kernel read what lies under a slot until it is waited for: nothing of that may go before."""
+        before = self._pages_under(slot)
+
+        def require_all() -> None:
+            require(self._pages_under(slot) == before, "pages went while a kernel read them")
+
+        fence = KernelFence(require_all)
+        yield fence
+        if not fence.passed():
+            require_all()
+
+    def _pages_under(self, slot: int) -> dict[int, int]:
+        """What lies under a slot by the driver's own books: addresses and pages."""
+        return {at: handle for at, handle in self.driver._mapped.items() if self._page_at(at)[0] == slot}
 
     def _may_break_off(self, call: Callable[[], object]) -> bool:
         """Make a call that may meet a fault; return whether it did."""
@@ -525,11 +559,11 @@ class Run:
         if self.is_faulted:
             self.n_faults += len(self.faulty.faults)
             region = self.cache.region
-            stuck = {found.slot_id for found in region._stuck}
-            handles = {handle for found in region._stuck for handle in found.range[1]}
+            stuck = {found.slot_id for found in region.unmapper.stuck}
+            handles = {handle for found in region.unmapper.stuck for handle in found.range[1]}
             doomed = [page for page, handle in mapped.items() if handle in handles]
             free_and_lost = (stats.n_free_pages, stats.n_quarantined_pages)
-            self.model.broke_off(mapped, stuck, *free_and_lost, region._damaged, doomed)
+            self.model.broke_off(mapped, stuck, *free_and_lost, region.unmapper.damaged, doomed)
         self.model.compare(stats, mapped)
         if not is_quiet or not self.n_ops % 8:  # without a driver call, states and lengths alone have changed
             self.cache.check()
@@ -554,7 +588,7 @@ class Run:
             return self._mapped
         self._n_calls = n_calls
         step = self.page_bytes
-        stuck = {a for s in self.cache.region._stuck for a in range(s.range[0][0], sum(s.range[0]), step)}
+        stuck = {a for s in self.cache.region.unmapper.stuck for a in range(s.range[0][0], sum(s.range[0]), step)}
         mapped = self.driver._mapped.items()
         self._mapped = {self._page_at(address): handle for address, handle in mapped if address not in stuck}
         return self._mapped
@@ -693,6 +727,7 @@ def random_run(
     run_type: type[Run] = Run,
     opener: str = "open_driver('host')",
     on_run: Callable[[Totals], bool] = lambda totals: True,
+    totals: Totals | None = None,
 ) -> Totals:
     """Do `n_ops` operations on caches of all kinds; return what was done.
 
@@ -702,15 +737,16 @@ def random_run(
         driver: What to run on.
         kinds: Layouts to choose from.
         fault_share: Share of operations in which a fault is planned.
-        run_type: Which operations there are (`TieredRun` has more).
+        run_type: Which operations there are (`TieredRun` and `SessionRun` have more).
         opener: How a program that repeats a run opens the driver.
         on_run: Called after each cache; False ends it early.
+        totals: Where to count, from nothing; also what was done in the cache in which something is found.
 
     Raises:
         Found: Something is wrong.
     """
     choose = random.Random(seed)
-    totals = Totals()
+    totals = Totals() if totals is None else totals
     while totals.n_ops < n_ops:
         run = run_type(driver, **run_type.random_settings(choose, kinds))
         try:
@@ -719,7 +755,8 @@ def random_run(
             run.finish()
         except Exception as error:
             raise Found(f"seed {seed}: {error!r}", run, opener) from error
-        totals.add(run)
+        finally:
+            totals.add(run)
         if not on_run(totals):
             break
     return totals

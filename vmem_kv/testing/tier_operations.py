@@ -1,12 +1,12 @@
-"""Random operations on a cache with a host tier behind it: park, restore, copy out, drop, save, load, expire, resume.
+"""Random operations on a cache with a host tier behind it: park, restore, copy out, drop, save, load, spoil a file.
 
 `TieredRun` is a `Run` with more operations. Beside what `operations.py` holds every run against, after each of them:
 the tier's books add up and are those of its own model (`tier_model.py`), every host copy holds the rows of the tokens
 that it should, and what came back into a slot carries the tags of those who wrote it. A file that was altered or cut
 off is refused, and nothing has changed. Pages that a restore mapped are zero wherever no row was put.
 
-Sessions (`retain`, `expire`, `resume`) meet no faults here: what becomes of them when every call of a driver fails is
-swept in the package's own tests.
+A planned fault is a failure of the driver or, where it pins memory, a lack of that. Sessions are in
+`session_operations.py`.
 
 Guarantees and assumptions are those of `operations.py`.
 """
@@ -19,51 +19,38 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vmem_kv.driver.base import Driver
 from vmem_kv.driver.ledger import Ledger
-from vmem_kv.errors import DriverError, FileRefused, OutOfHostMemory, OutOfPages, OutOfSlots
+from vmem_kv.errors import DriverError, FileRefused, OutOfHostMemory, OutOfPages
 from vmem_kv.growth import SlotId
-from vmem_kv.testing.clock import ManualClock
+from vmem_kv.testing.faults import Point, natural_error
 from vmem_kv.testing.model import Page
-from vmem_kv.testing.operations import Fault, Operation, Run, require, step
+from vmem_kv.testing.operations import Fault, Operation, Run, RunOptions, require, step
 from vmem_kv.testing.tier_model import ModelCopy, TierModel
 from vmem_kv.tiers import files
 from vmem_kv.tiers.copies import HostCopy
-from vmem_kv.tiers.disk import DiskTier
 from vmem_kv.tiers.files import ModelIdentity
 from vmem_kv.tiers.host import HostTier
 from vmem_kv.tiers.memory import FramePool, PinnedMemory
-from vmem_kv.tiers.sessions import Level, Sessions, Stay
 
-N_COPIES, N_FILES, N_SESSIONS = 4, 3, 3
+N_COPIES, N_FILES = 4, 3
 FRAMES_PER_BUFFER = 3
-STAY_S = 10.0
 MEMORY = Path("/dev/shm")
 IDENTITY = ModelIdentity("random operations", "bytes")
 
 
-@dataclass(slots=True)
-class _Kept:
-    """A session as its owner remembers it."""
-
-    rows: list[int]
-    domain: str
-    slot: int | None  # while it is on the device
-    due_s: float
-    level: Level
-
-
 class TieredRun(Run):
-    """A run with a host tier, files and sessions; see this file's first lines.
+    """A run with a host tier and files; see this file's first lines.
 
     Args:
-        driver: As of `Run`, and so all the others but one.
+        driver: As of `Run`.
+        kind: Likewise.
         n_frames: The host tier's budget, in frames as large as a page.
+        options: What else `Run` takes.
     """
 
     def __init__(
@@ -71,13 +58,10 @@ class TieredRun(Run):
         driver: Driver,
         kind: str = "per_layer",
         *,
-        rows: str = "odd",
-        n_slots: int = 4,
-        max_pages: int = 40,
-        keep_freed: bool = False,
         n_frames: int = 40,
+        **options: Unpack[RunOptions],
     ) -> None:
-        super().__init__(driver, kind, rows=rows, n_slots=n_slots, max_pages=max_pages, keep_freed=keep_freed)
+        super().__init__(driver, kind, **options)
         self.settings["n_frames"] = n_frames
         frame_bytes = max(self.page_bytes, mmap.PAGESIZE)
         self.frames = FramePool(
@@ -91,8 +75,6 @@ class TieredRun(Run):
         self.tier = TierModel(self.layout.token_bytes, frame_bytes, n_frames)
         self.copies: dict[int, HostCopy] = {}
         self.files: dict[int, list[int]] = {}  # the rows of each; none where it was spoilt
-        self.clock = ManualClock()
-        self.kept: dict[int, _Kept] = {}
 
     @cached_property
     def directory(self) -> Path:
@@ -100,13 +82,6 @@ class TieredRun(Run):
         directory = Path(tempfile.mkdtemp(prefix="vmem_kv-", dir=MEMORY if MEMORY.is_dir() else None))
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)  # also of a run that went wrong
         return directory
-
-    @cached_property
-    def sessions(self) -> Sessions:
-        """The sessions, on a third tier that is never full."""
-        disk = DiskTier(self.directory, 1 << 40)
-        weakref.finalize(self, disk.close)
-        return Sessions(self.cache, self.host, disk, self.clock)
 
     # One method per operation.
 
@@ -145,7 +120,8 @@ class TieredRun(Run):
             if self.is_faulted:
                 victims = [s for s in self.model.reclaim_order() if not self._is_warm(s)]
             self.model.reclaimed(victims)
-            self._came_back(slot, copy, first_token, n_tokens, fresh)
+            self._came_back(slot, held.rows, first_token, n_tokens, fresh)
+            self.tier.holds(copy, held)  # used last
             held.is_spare |= first_token == 0 and n_tokens == len(held.rows)
         self._end()
 
@@ -154,6 +130,12 @@ class TieredRun(Run):
         self._begin("drop", (copy,), fault)
         self.host.drop(self.copies[copy])
         del self.tier.copies[copy]
+        self._end()
+
+    def trim_host(self, fault: Fault = None) -> None:
+        """Give host memory back that nobody uses, so that what is taken next has to be pinned."""
+        self._begin("trim_host", (), fault)
+        self._may_break_off(self.frames.trim)
         self._end()
 
     def save(self, copy: int, file: int, fault: Fault = None) -> None:
@@ -175,7 +157,9 @@ class TieredRun(Run):
             require(not rows or is_hopeless, "a whole file was refused")
             self._take_over_drops()
         except OutOfHostMemory:
-            require(not rows or not fits, "the host memory was there")
+            require(not rows or not fits or self.is_faulted, "the host memory was there")
+            if self.is_faulted:
+                self._take_over_drops()
         except DriverError:
             require(self.is_faulted, "a driver error without a fault")
             self._take_over_drops()
@@ -198,38 +182,6 @@ class TieredRun(Run):
         self.files[file] = []
         self._end()
 
-    def retain(self, slot: int, session: int, fault: Fault = None) -> None:
-        """Keep a sequence as a session, whose slot is nobody else's any more."""
-        self._begin("retain", (slot, session), None)
-        rows, domain = self._rows(slot), self.model.slots[slot].domain
-        stay = Stay(STAY_S, STAY_S, STAY_S)
-        self.sessions.retain(str(session), SlotId(slot), rows, stay, domain=domain)
-        self.kept[session] = _Kept(rows, domain, slot, self.clock() + STAY_S, Level.DEVICE)
-        self._end()
-
-    def expire(self, seconds: float, fault: Fault = None) -> None:
-        """Let time pass; sessions whose time is over go down a level."""
-        self._begin("expire", (seconds,), None)
-        self.clock.advance(seconds)
-        now_s = self.clock()
-        self.sessions.poll()
-        for session, kept in sorted(self.kept.items(), key=lambda item: item[1].due_s):
-            if session in self.kept and kept.due_s <= now_s:
-                self._sink(session)
-        self._end()
-
-    def resume(self, session: int, fault: Fault = None) -> None:
-        """Bring a session back, whose owner forgets that it was one."""
-        self._begin("resume", (session,), None)
-        kept = self.kept[session]
-        if kept.slot is None:
-            self._bring_back(session, kept)
-        else:
-            slot, rows = self.sessions.resume(str(session), domain=kept.domain)
-            require((slot, list(rows)) == (kept.slot, kept.rows), f"slot {slot} came back instead of {kept.slot}")
-            self._forget(session)
-        self._end()
-
     # What `Run` asks
 
     @classmethod
@@ -237,14 +189,14 @@ class TieredRun(Run):
         """Choose the arguments of a run."""
         return {**super().random_settings(choose, kinds), "n_frames": choose.randint(15, 60)}
 
+    def fault_error(self, point: Point) -> BaseException:
+        """A driver's failure; where it pins host memory, half of the time a lack of that."""
+        lacks_memory = point.operation == "pin" and point.n % 2
+        return natural_error(point) if lacks_memory else super().fault_error(point)
+
     def random_step(self, choose: random.Random, fault_share: float) -> None:
         """Do one random operation."""
         tiered_step(self, choose, fault_share)
-
-    def live(self) -> list[int]:
-        """Slots that belong to sequences, those of sessions not included."""
-        theirs = {kept.slot for kept in self.kept.values()}
-        return [slot for slot in super().live() if slot not in theirs]
 
     def is_possible(self, operation: Operation) -> bool:
         """Whether an operation makes sense now."""
@@ -260,16 +212,10 @@ class TieredRun(Run):
             return arguments[0] in self.files and arguments[1] not in self.tier.copies
         if name == "spoil":
             return arguments[0] in self.files
-        if name == "retain":
-            return arguments[0] in self.parkable() and arguments[1] not in self.kept
-        if name == "resume":
-            return arguments[0] in self.kept
-        return name == "expire" or super().is_possible(operation)
+        return super().is_possible(operation)
 
     def finish(self) -> None:
         """End everything and look for what is left; see `Run.finish`."""
-        if self.kept:
-            self.sessions.close()
         self.host.close()
         require(self.frames.n_bytes == 0, "host memory is left")
         super().finish()
@@ -291,11 +237,11 @@ class TieredRun(Run):
         super()._end(fresh)
         self.host.check()
         self.tier.compare(self.host.stats())
+        if self.is_faulted:  # whether what broke off used a copy is left open
+            ranks = {id(copy): rank for rank, copy in enumerate(self.host._copies)}
+            self.tier.copies = dict(sorted(self.tier.copies.items(), key=lambda item: ranks[id(self._copy(item[0]))]))
         for number, held in self.tier.copies.items():
             require(list(self._copy(number).tokens) == held.rows, f"copy {number} holds other rows")
-        for session, kept in self.kept.items():
-            level = self.sessions.level(str(session), domain=kept.domain)
-            require(level is kept.level, f"session {session} is at level {level}, not {kept.level}")
 
     def _bring_up_to_date(self, slot: int, number: int, *, vacates: bool) -> None:
         copy = self.copies.setdefault(number, self.host.new_copy(self.layout))
@@ -307,7 +253,9 @@ class TieredRun(Run):
         try:
             call(copy, self.cache, SlotId(slot), rows)
         except OutOfHostMemory:
-            require(not fits, "the host memory was there")
+            require(not fits or self.is_faulted, "the host memory was there")
+            if self.is_faulted:
+                self._take_over_drops()
             return
         except DriverError:
             require(self.is_faulted, "a driver error without a fault")
@@ -327,104 +275,13 @@ class TieredRun(Run):
         if is_vacated:
             self.model.vacated(slot)
 
-    def _came_back(self, slot: int, number: int, first_token: int, n_tokens: int, fresh: set[Page]) -> None:
+    def _came_back(self, slot: int, rows: Sequence[int], first_token: int, n_tokens: int, fresh: set[Page]) -> None:
         """Rows were put into a slot; the owner writes those before them."""
         self.model.ensured({slot: n_tokens})
         self._require_zero(fresh, first=first_token, behind=n_tokens)
-        self.tags.expect(slot, first_token, self.tier.copies[number].rows[first_token:n_tokens])
+        self.tags.expect(slot, first_token, rows[first_token:n_tokens])
         self.tags.write(slot, 0, first_token, self._sequences[slot])
         self.tier.in_bytes += (n_tokens - first_token) * self.tier.row_bytes
-        self.tier.holds(number, self.tier.copies[number])  # used last
-
-    def _bring_back(self, session: int, kept: _Kept) -> None:
-        """Resume a session that has no slot, which takes one, pages, and maybe host memory."""
-        n_tokens, number = len(kept.rows), self._number(session)
-        slot = next(iter(self.model.best_slots(1, n_tokens)), None)
-        try:
-            resumed = self.sessions.resume(str(session), domain=kept.domain)
-        except OutOfSlots:
-            require(slot is None, f"slot {slot} is free")
-            return
-        except (OutOfPages, OutOfHostMemory) as error:
-            require(slot is not None, "there was no slot")
-            failure: Exception | None = error
-        else:
-            require(resumed.slot_id == slot, f"slot {resumed.slot_id} was taken, not {slot}")
-            failure = None
-        if slot is None:
-            return
-        state = self.model.slots[slot]
-        is_foreign = state.state == "warm" and state.domain != kept.domain
-        self.model.acquired(slot, kept.domain)
-        self.n_sequences += 1
-        self._sequences[slot] = self.n_sequences
-        fresh = {page for page in self.model.pages if page[0] == slot} if is_foreign else set()
-        is_there = number in self.tier.copies or self._read_back(session, kept)
-        require(is_there or isinstance(failure, OutOfHostMemory), "there was not so much host memory")
-        if is_there:
-            fresh |= self.model.missing({slot: n_tokens})
-            fits, victims = self.model.plan_ensure({slot: n_tokens})
-            require(fits == (failure is None), f"the pages {'were' if fits else 'were not'} there: {failure!r}")
-            self.model.reclaimed(victims)
-        if failure is not None:
-            self.model.retired(slot)
-            self.model.fence_passed(slot)
-            return
-        self._came_back(slot, number, 0, n_tokens, fresh)
-        self._forget(session)
-
-    def _read_back(self, session: int, kept: _Kept) -> bool:
-        """Rows came from disk to host memory; return whether there was room."""
-        while True:
-            fits, victims = self.tier.plan_room(self.tier.n_frames_for(kept.rows), None)
-            if fits:
-                self.tier.dropped_for_room(victims)
-                self.tier.holds(self._number(session), ModelCopy(kept.rows, [(0, len(kept.rows), 0)], is_spare=True))
-                return True
-            if not self._make_host_room():
-                return False
-
-    def _sink(self, session: int) -> None:
-        """A session went down a level, or further for want of room."""
-        kept, number = self.kept[session], self._number(session)
-        if kept.level is Level.DISK:
-            self._lost(session)
-            return
-        slot, kept.slot = kept.slot, None
-        if kept.level is Level.HOST:
-            del self.tier.copies[number]
-            kept.level = Level.DISK
-        else:
-            new, n_moved, n_frames = self.tier.after_park(number, kept.rows)
-            can_fit = self.tier.n_frames_for(kept.rows) <= self.tier.max_frames
-            while not (room := self.tier.plan_room(n_frames, number))[0] and can_fit and self._make_host_room():
-                pass
-            if room[0]:
-                self.tier.dropped_for_room(room[1])
-                self.tier.holds(number, new)
-                self.tier.out_bytes += n_moved * self.tier.row_bytes
-                kept.level = Level.HOST
-            else:
-                self._lost(session)
-        kept.due_s = self.clock() + STAY_S
-        if slot is not None:
-            self.model.retired(slot)
-            self.model.fence_passed(slot)
-
-    def _make_host_room(self) -> bool:
-        """The session in host memory that is the next to expire went to disk."""
-        there = [session for session, kept in self.kept.items() if kept.level is Level.HOST]
-        if there:
-            self._sink(min(there, key=lambda session: self.kept[session].due_s))
-        return bool(there)
-
-    def _lost(self, session: int) -> None:
-        self.tier.copies.pop(self._number(session), None)
-        del self.kept[session]
-
-    def _forget(self, session: int) -> None:
-        self.sessions.forget(str(session), domain=self.kept[session].domain)
-        self._lost(session)
 
     def _take_over_drops(self) -> None:
         """A call broke off: spare copies may have gone for room."""
@@ -434,7 +291,7 @@ class TieredRun(Run):
 
     def _require_nothing_old(self, slot: int, number: int, pages: set[Page]) -> None:
         """A restore broke off: new pages hold rows of the copy, or zeros."""
-        rows = self._rows_in(self.copies[number])
+        rows = self._rows_in(self._copy(number))
         for page in pages:
             _, plane_index, index = page
             found = self._read_page(page)
@@ -460,15 +317,8 @@ class TieredRun(Run):
     def _path(self, file: int) -> Path:
         return self.directory / f"{file}.kv"
 
-    def _number(self, session: int) -> int:
-        """By which the model knows a session's copy."""
-        return N_COPIES + session
-
     def _copy(self, number: int) -> HostCopy:
-        if number < N_COPIES:
-            return self.copies[number]
-        session = number - N_COPIES
-        return self.sessions._find(str(session), self.kept[session].domain).host_copy
+        return self.copies[number]
 
 
 def tiered_step(run: TieredRun, choose: random.Random, fault_share: float = 0.15) -> None:
@@ -479,38 +329,30 @@ def tiered_step(run: TieredRun, choose: random.Random, fault_share: float = 0.15
         return
     fault = (choose.random() < 0.5, choose.choice((1, 1, 2, 3, 5, 8))) if choose.random() < fault_share else None
     kind = choose.random()
-    held, parkable, kept = list(run.tier.copies), run.parkable(), list(run.kept)
-    held = [number for number in held if number < N_COPIES]
+    parkable, held = run.parkable(), [number for number in run.tier.copies if number < N_COPIES]
     free = [number for number in range(N_COPIES) if number not in held]
-    if kind < 0.36:
+    if kind < 0.40:
         if parkable:
             run.park(choose.choice(parkable), choose.randrange(N_COPIES), fault)
-    elif kind < 0.42:
+    elif kind < 0.48:
         if parkable:
             run.copy_out(choose.choice(parkable), choose.randrange(N_COPIES), fault)
-    elif kind < 0.70:
+    elif kind < 0.80:
         if held:
             _step_of_restoring(run, choose.choice(held), choose, fault)
-    elif kind < 0.74:
-        if held:
+    elif kind < 0.85:
+        if held and choose.random() < 0.6:
             run.drop(choose.choice(held), fault)
-    elif kind < 0.78:
+        else:
+            run.trim_host(fault)
+    elif kind < 0.90:
         if held:
             run.save(choose.choice(held), choose.randrange(N_FILES), fault)
-    elif kind < 0.84:
+    elif kind < 0.97:
         if run.files and free:
             run.load(choose.choice(list(run.files)), choose.choice(free), fault)
-    elif kind < 0.86:
-        if run.files:
-            run.spoil(choose.choice(list(run.files)), choose.randrange(1 << 20), choose.random() < 0.3, fault)
-    elif kind < 0.91:
-        new = [session for session in range(N_SESSIONS) if session not in run.kept]
-        if parkable and new:
-            run.retain(choose.choice(parkable), choose.choice(new))
-    elif kind < 0.96:
-        run.expire(choose.choice((1.0, STAY_S / 2, STAY_S)))
-    elif kept:
-        run.resume(choose.choice(kept))
+    elif run.files:
+        run.spoil(choose.choice(list(run.files)), choose.randrange(1 << 20), choose.random() < 0.3, fault)
 
 
 def _step_of_restoring(run: TieredRun, copy: int, choose: random.Random, fault: Fault) -> None:
