@@ -5,7 +5,8 @@
 
 For each trace: every scheme of `vmem-kv frag` under the same requests, at the shape of Llama-3-8B; the time of
 `ensure` over decode steps of the trace's first 256 requests, all at once; and the driver calls of a batch that comes
-three times, with warm slots. Of long traces the first requests are taken, as many as `--tokens` allows.
+three times, with warm slots. Of long traces the first requests are taken, as many as `--tokens` allows; these 256 are
+timed in any case.
 
 Results are written from a clean checkout only, so that their commit says what made them; `--allow-dirty` waives that,
 and is recorded.
@@ -42,7 +43,7 @@ from vmem_kv.replay.study import (
     trace_name,
     window_of,
 )
-from vmem_kv.traces.formats import read_trace
+from vmem_kv.traces.formats import read_trace, scan_trace
 from vmem_kv.traces.shapes import find_shape
 from vmem_kv.units import MIB, parse_bytes
 
@@ -56,8 +57,11 @@ CAVEATS = """\
 live / active is the figure to hold against PagedAttention's 96.3 %: the share of memory set aside for sequences that
 tokens fill. live / owned counts idle memory as waste, too: what is free, or waits for a request that does not fit.
 Only the first requests of long traces were used; n_requests says how many.
+n_fitting is how many of these requests, in order from the first, the budget holds side by side at the lengths at which
+they end, with nothing left free; is_full says whether there were more.
 Prefixes that requests share are shared by no scheme. Prompts are computed in one step.
-The rivals are rules that favour their models: no tables, no copies, no fragmentation between buffers.
+The rivals are rules that favour their models: no tables, no copies, no fragmentation between buffers, and the longest
+request known ahead.
 A row's wall time is that of this program, and allocator times are those of this machine with a driver that only keeps
 books: they say nothing about a device. Where somebody grows, the time that these books take is in them.
 Driver calls are those of a CUDA driver: one for each page or span; batches are those of the allocator.""".splitlines()
@@ -185,7 +189,9 @@ def study(console: Console, path: Path, options: argparse.Namespace) -> tuple[li
     console.print(describe_traffic(traffic), highlight=False, markup=False)
     print_rows(console, rows)
     steps = []
-    if options.decode_steps and traffic.summary.n_requests >= N_SEQUENCES:
+    first = scan_trace(path, N_SEQUENCES)
+    if options.decode_steps and first.n_requests == N_SEQUENCES:
+        setting = Setting.for_trace(find_shape(options.model), parse_bytes(options.budget), first.longest_tokens)
         steps = [
             Steps(
                 trace_name(path),
@@ -219,13 +225,14 @@ def count_requests(path: Path, max_tokens: float) -> int:
 def find_targets(rows: Sequence[Row], steps: Sequence[Steps]) -> list[Target]:
     """What was promised, and what came out. Utilisation is promised for full load."""
     targets = []
-    shares: tuple[tuple[str, Callable[[Averages], float | None]], ...] = (
-        ("live / active of the best layout", lambda averages: averages.live_of_active),
-        ("live / owned of the best layout", lambda averages: averages.live_of_owned),
+    shares: tuple[tuple[str, str, Callable[[Averages], float | None]], ...] = (
+        ("live / active of the best layout", "", lambda averages: averages.live_of_active),
+        ("live / owned of the best layout, host pages included", "", lambda averages: averages.live_of_owned),
+        ("live / owned of the best layout, pages of 2 MiB", "2 MiB", lambda averages: averages.live_of_owned),
     )
-    for what, share in shares:
+    for what, word, share in shares:
         best: dict[str, tuple[float, str]] = {}
-        for row in (row for row in rows if not row.traffic.is_timed):
+        for row in (row for row in rows if not row.traffic.is_timed and word in row.scheme):
             if row.scheme.startswith("vmem_kv") and row.trace.removeprefix("len_").startswith(SERVED):
                 averages = row.report.averages_of(window_of([r for r in rows if r.traffic is row.traffic]))
                 best[row.trace] = max(best.get(row.trace, (0.0, "")), (share(averages) or 0.0, row.scheme))

@@ -52,7 +52,7 @@ def simulate(
         return sum(blocks(s["tokens"]) for s in running)
 
     while todo or waiting or running:
-        while todo and (todo[0][1].arrival_s <= now if is_timed else len(waiting) < 64):
+        while todo and (not is_timed or todo[0][1].arrival_s <= now):
             index, request = todo.pop(0)
             n_outputs = max(1, request.output_tokens)
             if blocks(request.prompt_tokens + n_outputs - 1) > n_blocks:

@@ -35,7 +35,13 @@ def test_a_csv_of_two_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "prompt_tokens,output_tokens\n100,50\n")
     assert requests(path) == [Request(None, 100, 50)]
     summary = scan_trace(path)
-    assert (summary.form, summary.n_requests, summary.longest_tokens) == ("normalised", 1, 150)
+    # The last output is never written.
+    assert (summary.form, summary.n_requests, summary.longest_tokens, summary.shortest_tokens) == (
+        "normalised",
+        1,
+        149,
+        149,
+    )
     assert not summary.has_arrivals
 
 
@@ -63,7 +69,37 @@ def test_arrivals_that_go_back_or_are_missing_are_noticed(tmp_path: Path) -> Non
     back = scan_trace(write(tmp_path, HEADER + "5,1,1,,\n4,1,1,,\n"))
     assert back.has_arrivals
     assert not back.is_ascending
-    assert not scan_trace(write(tmp_path, HEADER + "5,1,1,,\n,1,1,,\n")).has_arrivals
+    some = scan_trace(write(tmp_path, HEADER + "5,1,1,,\n,1,1,,\n"))
+    assert (some.has_arrivals, some.n_arrivals) == (False, 1)
+
+
+def test_what_a_file_says_of_its_arrivals_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, f"# arrival_s: seconds since its session began\n# x: y\n{HEADER}0,1,1,,\n")
+    assert scan_trace(path).arrival_note == "seconds since its session began"
+    assert scan_trace(write(tmp_path, f"{HEADER}0,1,1,,\n")).arrival_note == ""
+    assert len(scan_trace(write(tmp_path, f"# arrival_s: {'x' * 5000}\n{HEADER}0,1,1,,\n")).arrival_note) == 200
+
+
+@pytest.mark.parametrize(
+    "header", ["Prompt_Tokens, Output_Tokens", " PROMPT TOKENS ,output tokens", '"Prompt_tokens","OUTPUT_TOKENS"']
+)
+def test_names_of_columns_may_be_written_otherwise(tmp_path: Path, header: str) -> None:
+    assert requests(write(tmp_path, f"{header}\n3,4\n")) == [Request(None, 3, 4)]
+    assert requests(write(tmp_path, f"{header},Arrival_S\n3,4,5\n")) == [Request(5.0, 3, 4)]
+    azure = write(tmp_path, "timestamp,contexttokens,generatedTokens\n2023-11-16 18:15:46,3,4\n")
+    assert scan_trace(azure).form == "Azure"
+    burst = write(tmp_path, "timestamp,request_tokens,Response Tokens\n5,3,4\n")
+    assert requests(burst) == [Request(5.0, 3, 4)]
+
+
+def test_lengths_at_the_end() -> None:
+    assert [Request(None, 10, n).final_tokens for n in (0, 1, 2, 50)] == [10, 10, 11, 59]
+
+
+def test_no_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, PAIR + "3,4\nnonsense\n")
+    assert list(read_trace(path, 1)) == [Request(None, 3, 4)]
+    assert scan_trace(path, 1).n_requests == 1
 
 
 def test_azure(tmp_path: Path) -> None:
@@ -84,8 +120,14 @@ def test_burstgpt(tmp_path: Path) -> None:
         "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n"
     )
     path = write(tmp_path, text + "45.5,GPT-4,300,0,300,API log\n")
-    assert requests(path) == [Request(5.0, 472, 18), Request(45.5, 300, 0)]
-    assert scan_trace(path).form == "BurstGPT"
+    # Its mark of a failure.
+    assert requests(path) == [Request(5.0, 472, 18)]
+    summary = scan_trace(path)
+    assert (summary.form, summary.n_requests, summary.output_tokens) == ("BurstGPT", 1, 18)
+    assert summary.note == "1 left out that failed (0 response tokens)"
+    with pytest.raises(ConfigError, match="no request but 1 that failed"):
+        scan_trace(write(tmp_path, text.splitlines()[0] + "\n45.5,GPT-4,300,0,300,API log\n"))
+    assert requests(write(tmp_path, PAIR + "300,0\n")) == [Request(None, 300, 0)]
 
 
 def test_mooncake(tmp_path: Path) -> None:
@@ -158,6 +200,9 @@ BAD_ROWS: dict[str, dict[str, str]] = {
         '1,"2\n3,4': "line 2: is no row of a CSV",
         "1,2\n1,234,5": "line 3: has 3 cells, but the header names 2 columns",
     },
+    "arrival_ms," + PAIR: {"5,1,2": "line 1: has a column 'arrival_ms'; arrivals are read from one named arrival_s"},
+    "Timestamp," + PAIR: {"5,1,2": "line 1: has a column 'Timestamp'; arrivals are read from one named arrival_s"},
+    "Prompt Tokens," + PAIR: {"5,1,2": "has 'prompt_tokens' in its header more than once"},
     HEADER: {
         "nan,1,1,,": "line 2: the arrival is nan",
         "inf,1,1,,": "the arrival is inf",
@@ -342,7 +387,23 @@ def test_shapes_by_name_and_by_numbers() -> None:
     assert find_shape("2x3x5:fp8").token_bytes == 2 * 2 * 3 * 5
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("100000x8x128:bf16", "layers is 100000; it must lie between 1 and 9,999"),
+        ("32x10000x128", "heads is 10000; it must"),
+        ("32x8x100000", "size of a head is 100000"),
+        ("0x8x128", "layers is 0"),
+        (f"{'9' * 5000}x8x128", "layers is 99999999999999999999; it must"),
+        (f"{'0' * 5000}9x8x128", "layers is 00000"),
+    ],
+)
+def test_a_shape_of_senseless_numbers_says_which(text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        find_shape(text)
+
+
 @pytest.mark.parametrize("text", ["", "gpt", "0x8x128", "32x8", "32x8x128:bf15", "99999x8x128", "32x8x128:", "-1x8x8"])
 def test_unknown_shapes_are_refused_with_the_known_ones(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"llama-3-8b|at least 1|bf16"):
+    with pytest.raises(ConfigError, match=r"llama-3-8b|between 1 and|bf16"):
         find_shape(text)

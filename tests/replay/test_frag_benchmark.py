@@ -84,7 +84,6 @@ def test_the_program_asks_before_it_begins(tmp_path: Path, monkeypatch: pytest.M
     assert origin_faults(out)
 
 
-@pytest.mark.slow
 def test_frag(tmp_path: Path) -> None:
     rows = [f"{10 + i * 37 % 900},{1 + i * 13 % 60}" for i in range(300)]
     trace = tmp_path / "azure_like.csv"
@@ -113,6 +112,8 @@ def test_frag(tmp_path: Path) -> None:
     assert all(s["steady_calls"][1:] == [0, 0] for s in record["steps"])
     assert [t["verdict"] for t in record["targets"]][-1] == "pass"
     assert all(t["points"] for t in record["targets"])
+    owned = [t for t in record["targets"] if t["what"].startswith("live / owned")]
+    assert ["host pages" in owned[0]["points"][0]["where"], "2 MiB" in owned[1]["points"][0]["where"]] == [True, True]
     assert plot.stat().st_size > 0
 
 

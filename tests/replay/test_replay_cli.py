@@ -138,7 +138,26 @@ def test_arrivals_that_go_back_are_not_used_and_that_is_said(tmp_path: Path) -> 
     path = write(tmp_path, "arrival_s,prompt_tokens,output_tokens\n5,100,5\n0,100,5\n")
     result = run("replay", path, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "always some waiting (the trace's arrivals go back in time)" in result.stdout
+    assert "all waiting from the start (the trace's arrivals go back in time)" in result.stdout
+
+
+def test_how_a_trace_is_played_is_said_as_it_is(tmp_path: Path) -> None:
+    header = "arrival_s,prompt_tokens,output_tokens\n"
+    some = write(tmp_path, header + "5,100,5\n,100,5\n")
+    says = write(tmp_path, f"# arrival_s: seconds since its session began\n{header}5,100,5\n", "session.csv")
+    failed = write(tmp_path, "Timestamp,Request tokens,Response tokens\n5,472,18\n6,10,0\n", "burst.csv")
+    two = write(tmp_path, PAIR + "100,5\n100,5\n", "two.csv")
+    for path, text in (
+        (some, "all waiting from the start (the trace has 1 request without an arrival, of 2: no arrival is used)"),
+        (says, "at their recorded arrivals (of which the file says: seconds since its session began)"),
+        (failed, "1 left out that failed (0 response tokens)"),
+        (two, "all waiting from the start, fcfs"),
+    ):
+        result = run("replay", path, *SMALL, columns=200)
+        assert result.exit_code == 0, result.output
+        assert text in result.stdout
+    result = run("replay", some, *SMALL, "--load", "recorded")
+    assert "1 request without an arrival, of 2; replay it with --load full" in result.stderr
 
 
 def test_memory_may_be_real(tmp_path: Path) -> None:
@@ -186,6 +205,37 @@ def test_the_table_of_frag_fits_the_terminal(tmp_path: Path, columns: int) -> No
     table = [line for line in result.stdout.splitlines() if "%" in line]
     assert len(table) == len(SCHEMES)
     assert all(len(line) <= columns and line.split()[-1] in "abcde" for line in table)
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_narrow_terminal_gets_each_scheme_with_its_figures_below_it(tmp_path: Path, columns: int) -> None:
+    words = ("--scheme", "maximum", "--scheme", "token-major, 2 MiB", "--scheme", "of 256")
+    result = run("frag", write(tmp_path, many()), *SMALL, *words, columns=columns)
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    for scheme in SCHEMES:
+        if scheme.startswith("maximum") or "token-major" in scheme or "256" in scheme:
+            at = lines.index(scheme)
+            block = lines[at + 1 : at + 11]
+            assert [line[2:16].strip() for line in block] == [
+                *("live / active", "live / owned", "mean batch", "most ran", "fit"),
+                *("rejected", "preempted", "batches/1,000", "calls/1,000", "waste"),
+            ]
+            assert all(line.split()[-1] for line in block)
+            assert max(map(len, block)) <= 40
+
+
+def test_frag_says_how_many_fit_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    # 100 tokens at the end. The budget holds 2,912 tokens: 29 of them, or 26 in blocks of 16.
+    options = ("--scheme", "maximum", "--scheme", "OF 16", "--json", out)
+    for n_requests, fits in ((40, [(29, True), (26, True)]), (20, [(20, False), (20, False)])):
+        result = run("frag", write(tmp_path, PAIR + "90,11\n" * n_requests), *SMALL, *options)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(out.read_text())["rows"]
+        assert [(row["n_fitting"], row["is_full"]) for row in rows] == fits
+        assert [row["headroom"] for row in rows] == [0.0, 0.01]
+        assert rows[0]["max_tokens"] == 100
+        assert ("20+" in result.stdout) == (n_requests == 20)
 
 
 def test_frag_takes_words_of_schemes(tmp_path: Path) -> None:
@@ -337,6 +387,32 @@ BAD: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
         "raise it or lower --page-bytes",
     ),
     "scheme": (lambda d: ["frag", write(d, PAIR + "1,2\n"), "--scheme", "magic"], "no scheme has 'magic'"),
+    "real, nothing fits": (
+        lambda d: ["replay", write(d, PAIR + "100,5\n90,5\n"), "--memory", "real", "--budget", "1MiB"],
+        "the shortest comes to 94 tokens, 11.75 MiB and what its last pages leave empty; raise it",
+    ),
+    "frag, nothing fits": (lambda d: ["frag", write(d, PAIR + "100,5\n"), "--budget", "4MiB"], "holds no request"),
+    "nothing fits by its pages": (
+        lambda d: [
+            "replay",
+            write(d, PAIR + "100,5\n"),
+            "--budget",
+            "14MiB",
+            "--layout",
+            "token_major",
+            "--page-bytes",
+            "8m",
+        ],
+        "holds no request",
+    ),
+    "arrivals by another name": (
+        lambda d: ["frag", write(d, "arrival_ms,prompt_tokens,output_tokens\n5,1,1\n")],
+        "has a column 'arrival_ms'",
+    ),
+    "layers": (
+        lambda d: ["replay", write(d, PAIR + "1,2\n"), "--model", "100000x8x128:bf16"],
+        "layers is 100000; it must lie between 1 and 9,999",
+    ),
 }
 
 
@@ -392,6 +468,32 @@ def test_no_driver_stays_open_after_an_error(
     assert result.exit_code == 1
     assert len(opened) == 1
     assert not opened[0]._close_fd.alive
+
+
+def test_an_interruption_leaves_finished_rows_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = write(tmp_path, many()), tmp_path / "a.json"
+    options = ("--model", "smollm2-135m", "--budget", "640MiB", "--scheme", "maximum", "--json", out)
+    whole = run("frag", path, *options)
+    assert whole.exit_code == 0, whole.output
+    (finished,) = json.loads(out.read_text())["rows"]
+    assert finished["averaged"] == "loaded"
+    grow, n_calls = AllocatorMemory.grow, 0
+
+    def interrupted(memory: AllocatorMemory, lengths: Mapping[Key, int]) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 40:
+            raise KeyboardInterrupt
+        grow(memory, lengths)
+
+    monkeypatch.setattr(AllocatorMemory, "grow", interrupted)
+    broken = run("frag", path, *options, "--scheme", "token-major, 2 MiB")
+    assert broken.exit_code == 130
+    first, last = json.loads(out.read_text())["rows"]
+    # The second scheme has room for all at once, and nobody waits: alone, it would be averaged over all of its time.
+    assert not last["is_complete"]
+    assert 2 * last["loaded"]["seconds"] < last["whole"]["seconds"]
+    assert {**first, "wall_s": 0} == {**finished, "wall_s": 0}
 
 
 def test_rows_of_one_table_are_averaged_over_one_window(tmp_path: Path) -> None:

@@ -206,6 +206,88 @@ def test_a_policy_decides_who_comes_next() -> None:
     assert {name: len(replay._running) for name, replay in first.items()} == {"fcfs": 1, "first_fit": 4, "shortest": 4}
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_may_begin_more_requests_than_a_policy_looks_at(policy: str) -> None:
+    budget = 1000 * BLOCK * TOKEN_BYTES
+    memory = RivalMemory("x", blocks_of(BLOCK), TOKEN_BYTES, budget, max_tokens=1 << 40, headroom=0.0)
+    requests = [Request(None, 16, 1)] * 3000
+    report = Replay(memory, requests, n_max_running=2048, policy=POLICIES[policy]).run()
+    assert (report.counts.n_done, report.counts.n_steps, report.n_peak_running) == (3000, 3, 1000)
+    assert report.loaded.n_running == pytest.approx(1000)
+    # The last step is full, too, and nobody waits behind it.
+    assert report.loaded.seconds == pytest.approx(report.whole.seconds * 2 / 3)
+
+
+def test_time_is_loaded_while_the_trace_has_more() -> None:
+    replay = Replay(paged(), [Request(None, 16, 5)] * 2, n_max_running=12)
+    replay._make_step()
+    assert replay.statistics.loaded.seconds == 0  # the trace is at its end, and both run
+    n_at_once = 64  # as many as a policy looks at: the queue is taken whole
+    memory = RivalMemory("x", blocks_of(1), TOKEN_BYTES, 1000 * TOKEN_BYTES, max_tokens=1000)
+    replay = Replay(memory, [Request(None, 1, 1)] * 100, n_max_running=n_at_once)
+    replay._make_step()
+    assert replay.statistics.loaded.seconds == replay.statistics.whole.seconds > 0
+
+
+@pytest.mark.parametrize("what", ["paged", "power of two", "token_major", "per_layer", "mappings", "merged"])
+def test_what_fits_at_once_is_what_a_memory_really_takes(what: str) -> None:
+    budget = 160 * BLOCK * TOKEN_BYTES
+
+    def open_() -> RivalMemory | AllocatorMemory:
+        if what in ("paged", "power of two"):
+            rule = blocks_of(BLOCK) if what == "paged" else power_of_two
+            return RivalMemory(what, rule, TOKEN_BYTES, budget, max_tokens=1024, headroom=0.0)
+        kind = "per_layer" if what in ("per_layer", "merged") else "token_major"
+        layout = Layout.build(kind, LAYERS, n_slots=64, max_tokens=1024, page_bytes=4 * KIB)
+        limit = {"mappings": 100, "merged": 30}.get(what, 1 << 20)
+        driver = AccountingDriver(
+            4 * MIB,
+            4 * KIB,
+            neighbours_merge=what == "merged",
+            mappings_per_run=2 if what == "merged" else 1,
+            max_mappings=limit,
+        )
+        return AllocatorMemory(what, driver, layout, budget, headroom=0.0, keeps_warm=False)
+
+    found: set[bool] = set()
+    for seed in range(20):
+        rng = random.Random(seed)
+        lengths = [rng.choice([5000, 1, 16, 17, rng.randint(1, 500)]) for _ in range(60)] if seed else [16, 5000, 17]
+        memory = open_()
+        fit = memory.n_at_once(lengths)
+        n_begun, is_full = 0, False
+        for n_tokens in lengths:
+            if memory.obstacle(n_tokens) is None:
+                if memory.lack(n_tokens) is not None:
+                    is_full = True
+                    break
+                memory.begin(n_tokens, n_tokens)
+                n_begun += 1
+        assert fit == (n_begun, is_full)
+        assert n_begun > 1
+        found.add(fit.is_full)
+        assert memory.n_at_once(lengths) == fit  # what runs does not matter
+        memory.close()
+    assert found == {False, True}
+
+
+def test_all_that_fit_are_said_to_be_all() -> None:
+    assert paged().n_at_once([16, 16]) == (2, False)
+    assert paged().n_at_once([16] * (N_BLOCKS + 1)) == (N_BLOCKS, True)
+    assert paged().n_at_once([]) == (0, False)
+
+
+def test_a_rule_under_which_nobody_grows_leaves_nothing_free() -> None:
+    shape = find_shape("llama-3-8b")
+    requests = [Request(None, 90, 11)] * 200
+    setting = Setting.for_trace(shape, 101 * 100 * shape.token_bytes, max(r.final_tokens for r in requests), 2048)
+    memory = SCHEMES["maximum length"].open(setting)
+    report = Replay(memory, requests, n_max_running=2048).run()
+    assert report.n_peak_running == memory.n_at_once(r.final_tokens for r in requests).n_sequences == 101
+    assert not SCHEMES["maximum length"].grows
+    assert [name for name, scheme in SCHEMES.items() if not scheme.grows] == ["maximum length"]
+
+
 def test_arrivals_are_kept_and_idle_time_is_not_counted() -> None:
     requests = [Request(1000.0, 16, 2), Request(2000.0, 16, 2)]
     replay = Replay(paged(), requests, is_timed=True, step_time=TIMES)
@@ -374,6 +456,11 @@ def test_decode_steps_are_told_apart_by_whether_somebody_grows() -> None:
     assert cost.budget_bytes > 64 * MIB
     # 91 tokens to a page: each of 32 sequences needs one or two more in 100 steps.
     assert 32 <= cost.n_pages_per_growing_step * cost.growing.n_steps <= 64
+    # Fewer mappings than that takes: what a step costs is found all the same.
+    few = measure_decode(
+        setting, traffic(4), kind="token_major", page_bytes=2 * MIB, n_running=32, n_steps=100, max_mappings=3
+    )
+    assert few.n_pages_per_growing_step == cost.n_pages_per_growing_step
     with pytest.raises(ConfigError, match="are needed at once"):
         measure_decode(setting, traffic(4), kind="token_major", page_bytes=2 * MIB, n_running=61, n_steps=1)
 

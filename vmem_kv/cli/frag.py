@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 import vmem_kv
 from vmem_kv.cli import trace_options as shared
 from vmem_kv.errors import ConfigError
+from vmem_kv.replay.statistics import Window
 from vmem_kv.replay.study import SCHEMES, Row, Scheme, Setting, rows_to_json, run_scheme, window_of
 from vmem_kv.traces.shapes import find_shape
 from vmem_kv.units import format_bytes
@@ -64,7 +66,7 @@ def frag(
 
     The same requests run under reservation of the maximum length, growth by powers of two, PagedAttention with blocks
     of 16 and 256, and vmem_kv in several layouts. vmem_kv is the real allocator; the others are rules that favour their
-    models. No memory is taken, only counted. Without --load recorded there are always requests waiting, so that each
+    models. No memory is taken, only counted. Without --load recorded all requests wait from the start, so that each
     scheme runs as many at once as it can. Ctrl-C ends it with what was found so far.
 
     A TRACE is what `vmem-kv replay` reads; a CSV file with the columns prompt_tokens and output_tokens will do. One of
@@ -89,11 +91,15 @@ def frag(
         shared.make_traffic(path, load, policy, max_requests=max_requests, patience_s=patience, speed=speed)
         for path in traces
     ]
+    settings = [
+        Setting.for_trace(shape, budget_bytes, traffic.summary.longest_tokens, max_batch) for traffic in traffics
+    ]
+    for setting, traffic in zip(settings, traffics, strict=True):
+        shared.check_room(setting, traffic)
     rows: list[Row] = []
     interruption: BaseException | None = None
     with shared.progress_bar(err) as start:
-        for traffic in traffics:
-            setting = Setting.for_trace(shape, budget_bytes, traffic.summary.longest_tokens, max_batch)
+        for setting, traffic in zip(settings, traffics, strict=True):
             for each in chosen:
                 watch = start(f"{traffic.summary.path.name}: {each.name}", traffic.summary.n_requests)
                 row, interruption = run_scheme(each, setting, traffic, watch)
@@ -143,35 +149,32 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
         f"{setting.shape.name}, {setting.shape.token_bytes:,} bytes a token, "
         f"budget {format_bytes(setting.budget_bytes)}, longest sequence {setting.max_tokens:,} tokens"
     )
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("scheme", min_width=13)
-    headings = ("live/\nactive", "live/\nowned", "mean\nbatch", "most\nran", "rejec-\nted", "preem-\npted")
-    for heading in (*headings, "batch/\n1,000", "calls/\n1,000"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", min_width=1, no_wrap=True)
     kinds = list(dict.fromkeys(row.waste for row in rows))
     window = window_of(rows)
-    for row in rows:
-        report, averages = row.report, row.report.averages_of(window)
-        table.add_row(
-            row.scheme if report.is_complete else f"{row.scheme} (interrupted)",
-            shared.show_share(averages.live_of_active),
-            shared.show_share(averages.live_of_owned),
-            shared.show_number(averages.n_running),
-            f"{report.n_peak_running:,}",
-            f"{report.counts.n_rejected:,}",
-            f"{report.counts.n_preemptions:,}",
-            _show_rate(report.batches_per_1000_tokens),
-            _show_rate(report.driver_calls_per_1000_tokens),
+    cells = {
+        row.scheme if row.report.is_complete else f"{row.scheme} (interrupted)": (
+            *_figures(row, window),
             "abcdefgh"[kinds.index(row.waste)],
         )
+        for row in rows
+    }
     shared.write(out, title, style="bold")
-    out.print(table)
+    table = _make_table(cells)
+    unbounded = out.options.update(width=1000)
+    if Measurement.get(out, unbounded, table).minimum <= out.width:
+        out.print(table)
+    else:
+        for scheme, figures in cells.items():
+            shared.write(out, scheme, style="bold")
+            for heading, figure in zip((*HEADINGS, "waste"), figures, strict=True):
+                shared.write(out, f"  {heading:<14}{figure:>9}")
     lines = [f"Waste {'abcdefgh'[i]}, in live / active: {kind}." for i, kind in enumerate(kinds)]
     lines.append(
         "live: tokens in running sequences; active: memory set aside for them; owned: all memory that is held, by the "
         "rivals from the start, so that live / owned counts idle memory as waste, too. Averages over simulated time"
         f"{' in which requests waited' if window == 'loaded' else ' in which anything ran'}, for all rows. "
+        "Fit: how many of the trace's requests, in order from the first, the budget holds side by side at the lengths "
+        "at which they end; + where there were no more. "
         "Per 1,000 output tokens: batches of the allocator, and the calls of a CUDA driver that they come to, one for "
         "each page or span."
     )
@@ -192,6 +195,46 @@ def print_rows(out: Console, rows: Sequence[Row]) -> None:
     for line in lines:
         shared.write(out, line)
     out.print()
+
+
+HEADINGS = (
+    *("live / active", "live / owned", "mean batch", "most ran", "fit"),
+    *("rejected", "preempted", "batches/1,000", "calls/1,000"),
+)
+"""What is shown of each row."""
+
+_SHORT_HEADINGS = (
+    *("live/\nactive", "live/\nowned", "mean\nbatch", "most\nran", "\nfit"),
+    *("rejec-\nted", "preem-\npted", "batch/\n1,000", "calls/\n1,000"),
+)
+"""The same for columns of six."""
+
+
+def _figures(row: Row, window: Window) -> tuple[str, ...]:
+    report, averages = row.report, row.report.averages_of(window)
+    return (
+        shared.show_share(averages.live_of_active),
+        shared.show_share(averages.live_of_owned),
+        shared.show_number(averages.n_running),
+        f"{report.n_peak_running:,}",
+        f"{row.fit.n_sequences:,}{'' if row.fit.is_full else '+'}",
+        f"{report.counts.n_rejected:,}",
+        f"{report.counts.n_preemptions:,}",
+        _show_rate(report.batches_per_1000_tokens),
+        _show_rate(report.driver_calls_per_1000_tokens),
+    )
+
+
+def _make_table(cells: Mapping[str, Sequence[str]]) -> Table:
+    """A row for each scheme: its figures, and the letter of what it counts as waste."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.add_column("scheme", min_width=len("PagedAttention,"))
+    for heading, *column in zip((*_SHORT_HEADINGS, ""), *cells.values(), strict=True):
+        width = max(map(len, (*heading.split("\n"), *column)))
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    for scheme, figures in cells.items():
+        table.add_row(scheme, *figures)
+    return table
 
 
 def _show_rate(number: float | None) -> str:

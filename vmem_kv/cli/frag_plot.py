@@ -80,7 +80,7 @@ def draw_rows(path: Path, rows: Sequence[Row]) -> None:
         axes.set_title(panel.title, fontsize=10)
     grid[-1][0].set_xlabel("simulated time, % of each scheme's own run", fontsize=9)
     first = rows[0]
-    load = "recorded arrivals" if first["load"] == "recorded" else "requests always waiting"
+    load = "recorded arrivals" if first["load"] == "recorded" else "all requests waiting from the start"
     rejected = "" if _REJECTED in panels else "; no request was rejected"
     figure.suptitle(
         f"{first['model']}, {first['token_bytes'] / 1024:g} KiB a token, budget {format_bytes(first['budget_bytes'])}, "

@@ -200,6 +200,8 @@ def replay(
         raise
     interruption: KeyboardInterrupt | None = None
     try:
+        if cache.obstacle(traffic.summary.shortest_tokens) is not None:
+            raise shared.no_room(setting, traffic)
         with shared.progress_bar(err) as start:
             run = traffic.replay(cache, setting, start("requests", traffic.summary.n_requests))
             try:

@@ -23,7 +23,7 @@ from vmem_kv.replay.schedule import LOOK_AHEAD, StepTime
 from vmem_kv.replay.study import Setting, Traffic
 from vmem_kv.traces.formats import TraceSummary, scan_trace
 from vmem_kv.traces.shapes import SHAPES
-from vmem_kv.units import parse_bytes
+from vmem_kv.units import format_bytes, parse_bytes
 
 DEFAULT_BUDGET = "40GiB"
 TRAFFIC, MEMORY, RESULTS = "Which requests, and when they come", "What they run on", "What comes out"
@@ -66,8 +66,8 @@ LoadOption = Annotated[
     Load,
     typer.Option(
         rich_help_panel=TRAFFIC,
-        help="Requests come at their recorded arrivals, or there are always some waiting (full). auto: recorded where "
-        "the trace has arrivals in order.",
+        help="Requests come at their recorded arrivals, or all of them wait from the start (full). auto: recorded "
+        "where the trace has arrivals in order.",
     ),
 ]
 PatienceOption = Annotated[
@@ -132,7 +132,7 @@ def make_traffic(
     summary = scan_trace(path, max_requests)
     has_clock = summary.has_arrivals and summary.is_ascending
     if load is Load.RECORDED and not has_clock:
-        reason = "arrivals that go back in time" if summary.has_arrivals else "requests without an arrival"
+        reason = "arrivals that go back in time" if summary.has_arrivals else _missing_arrivals(summary)
         raise ConfigError(f"{path} has {reason}; replay it with --load full")
     usual = StepTime()
     step_time = StepTime(
@@ -141,7 +141,7 @@ def make_traffic(
     is_timed = has_clock if load is Load.AUTO else load is Load.RECORDED
     if patience_s is not None and not is_timed:
         remedy = "play it with --load recorded, or leave --patience out" if has_clock else "leave --patience out"
-        raise ConfigError(f"--patience does nothing where requests always wait, as {path} is played here; {remedy}")
+        raise ConfigError(f"--patience does nothing where all wait from the start, as {path} is played here; {remedy}")
     if patience_s is not None and not patience_s >= 0:  # NaN as well
         raise ConfigError(f"--patience is {patience_s}; it must be a number of seconds, 0 or more")
     return Traffic(summary, is_timed, policy.value, max_requests, patience_s, step_time)
@@ -150,13 +150,43 @@ def make_traffic(
 def describe_traffic(traffic: Traffic) -> str:
     """One line about a trace and how it is played."""
     summary: TraceSummary = traffic.summary
-    load = "at their recorded arrivals" if traffic.is_timed else "always some waiting"
-    if not traffic.is_timed and summary.has_arrivals and not summary.is_ascending:
+    load = "at their recorded arrivals" if traffic.is_timed else "all waiting from the start"
+    if traffic.is_timed and summary.arrival_note:
+        load += f" (of which the file says: {summary.arrival_note})"
+    elif not traffic.is_timed and summary.has_arrivals and not summary.is_ascending:
         load += " (the trace's arrivals go back in time)"
+    elif summary.n_arrivals and not summary.has_arrivals:
+        load += f" (the trace has {_missing_arrivals(summary)}: no arrival is used)"
     note = f"; {summary.note}" if summary.note else ""
     return (
         f"{summary.path.name}: {summary.form} form, {count(summary.n_requests, 'request')}, "
         f"{summary.prompt_tokens:,} prompt and {summary.output_tokens:,} output tokens, {load}, {traffic.policy}{note}"
+    )
+
+
+def _missing_arrivals(summary: TraceSummary) -> str:
+    without = count(summary.n_requests - summary.n_arrivals, "request")
+    return f"{without} without an arrival, of {summary.n_requests:,}"
+
+
+def check_room(setting: Setting, traffic: Traffic) -> None:
+    """Refuse a budget under which nothing could run.
+
+    Raises:
+        ConfigError: It holds no request of the trace.
+    """
+    shortest = traffic.summary.shortest_tokens
+    if setting.max_tokens < shortest:
+        raise no_room(setting, traffic)
+
+
+def no_room(setting: Setting, traffic: Traffic) -> ConfigError:
+    """What to raise where no request could run."""
+    shortest = traffic.summary.shortest_tokens
+    return ConfigError(
+        f"--budget is {format_bytes(setting.budget_bytes)}, which holds no request of {traffic.summary.path}: the "
+        f"shortest comes to {count(shortest, 'token')}, {format_bytes(shortest * setting.shape.token_bytes)} and what "
+        "its last pages leave empty; raise it"
     )
 
 

@@ -6,15 +6,16 @@
 
 All of them take the whole budget when they open, in one allocation, and call no driver afterwards. The models favour
 them: no memory of their own for tables, no copy while a buffer doubles (old and new side by side), no external
-fragmentation between buffers of different sizes. Prefixes are shared by none of the schemes.
+fragmentation between buffers of different sizes; the longest sequence is known ahead, to the token, and where nobody
+grows nothing is left free for it. Prefixes are shared by none of the schemes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmem_kv.errors import OutOfAddressSpace, OutOfPages
-from vmem_kv.replay.memory import Key, Shortage
+from vmem_kv.replay.memory import Fit, Key, Shortage
 from vmem_kv.traces.formats import Request
 from vmem_kv.units import round_up
 
@@ -46,7 +47,7 @@ class RivalMemory:
         token_bytes: Bytes of one token.
         budget_bytes: What is taken at the start.
         max_tokens: The longest sequence that is served.
-        headroom: Share of the budget that admission leaves to the running sequences.
+        headroom: Share of the budget that admission leaves to the running sequences; 0 where they never take more.
     """
 
     def __init__(
@@ -108,6 +109,17 @@ class RivalMemory:
     def end(self, keys: Sequence[Key]) -> None:
         for key in keys:
             self._n_held -= self._held.pop(key)
+
+    def n_at_once(self, lengths: Iterable[int]) -> Fit:
+        """How many sequences of these lengths, in this order, the budget holds side by side."""
+        fit, n_held = Fit(), 0
+        for n_tokens in lengths:
+            if self.obstacle(n_tokens) is None:
+                n_held += self._rule(n_tokens)
+                if n_held > self._budget_tokens:
+                    return Fit(fit.n_sequences, is_full=True)
+                fit = Fit(fit.n_sequences + 1)
+        return fit
 
     def close(self) -> None:
         self._held.clear()

@@ -5,7 +5,7 @@ One step is what an engine does between two launches:
     decode    every running sequence gets room for one more token; where there is none, the newest is preempted:
               it loses its memory and waits in front, to be computed again from its first token
     admit     waiting requests begin with their whole prompts, as long as memory and the policy let them; none in a
-              step that preempted
+              step that preempted. Without arrivals the trace moves up: whoever begins, the next request takes its place
     account   the step takes `StepTime` seconds of simulated time; memory is sampled once, now, and counts for all of it
     end       sequences that have written their last token go
 
@@ -34,7 +34,7 @@ from vmem_kv.replay.statistics import Report, Sample, Statistics
 from vmem_kv.traces.formats import Request
 
 LOOK_AHEAD = 64
-"""How many waiting requests a policy may look at."""
+"""How many waiting requests a policy may look at. It bounds what is read ahead, and not how many begin in a step."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +101,7 @@ class Replay:
         requests: The trace; read as far as it is needed.
         n_max_running: The most sequences in a batch.
         policy: Who is admitted next.
-        is_timed: Whether requests come at their arrivals; else there are always some waiting.
+        is_timed: Whether requests come at their arrivals; else all of them wait from the start.
         patience_s: How long a request that comes at its arrival waits before it is rejected; None for ever.
         step_time: The clock.
         watch: Called with the number of requests that are through, now and then.
@@ -221,7 +221,7 @@ class Replay:
             self._watch(self._n_through)
 
     def _take_arrivals(self) -> None:
-        """Let those in who have arrived, or as many as a policy may look at."""
+        """Let those in who have arrived; without arrivals, as many as a policy may look at."""
         while (request := self._next) is not None:
             if self._is_timed:
                 if request.arrival_s is None:
@@ -231,7 +231,7 @@ class Replay:
             elif len(self._waiting) >= LOOK_AHEAD:
                 return
             n_left = max(1, request.output_tokens)
-            obstacle = self.memory.obstacle(request.prompt_tokens + n_left - 1)
+            obstacle = self.memory.obstacle(request.final_tokens)
             if obstacle is None:
                 came_s = (request.arrival_s or 0.0) - self._first_s if self._is_timed else self.now_s
                 self._waiting.append(Job(request.prompt_tokens, n_left, n_left, request, came_s))
@@ -311,6 +311,7 @@ class Replay:
                 if not self._running:  # nothing will come free: it cannot run at all
                     del self._waiting[index]
                     counts.reject(type(error).__name__)
+                    self._take_arrivals()
                     continue
                 counts.hold(type(error).__name__)
                 break
@@ -325,6 +326,7 @@ class Replay:
             n_prefilled += n_computed
             if job.n_preempted:
                 counts.n_recomputed_tokens += n_computed
+            self._take_arrivals()
         return n_prefilled
 
     def _end(self) -> int:

@@ -1,9 +1,13 @@
 """Which schemes are compared, how each is opened, and what a step of decoding costs the allocator.
 
 Every scheme gets the same budget, the same requests in the same order and the same schedule. The longest sequence that
-is served is the trace's longest request, or the longest that the budget could hold alone, whichever is shorter: it
-sizes the virtual slots of vmem_kv, which costs it nothing, and the reservation of "maximum length", which is as small
-as it can be for this traffic.
+is served is what the trace's longest request holds when it ends, or the longest that the budget could hold alone,
+whichever is shorter: it sizes the virtual slots of vmem_kv, which costs it nothing, and the reservation of "maximum
+length", which is as small as it can be for this traffic. Admission leaves some room to running sequences, except where
+they never take more than they began with.
+
+The largest batch that fits is how many of the trace's requests, in order from the first, the budget holds side by side
+at the lengths at which they end, with nothing left free: what is known ahead, and no schedule decides.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from vmem_kv.driver.ledger import MAX_DEVICE_MAPPINGS
 from vmem_kv.errors import ConfigError, OutOfAddressSpace
 from vmem_kv.layout import Layout
 from vmem_kv.pages import BUDGET_SHARE, PagePool
-from vmem_kv.replay.memory import AllocatorMemory, Memory
+from vmem_kv.replay.memory import AllocatorMemory, Fit, Memory, StudiedMemory
 from vmem_kv.replay.rivals import RivalMemory, Rule, blocks_of, maximum_length, power_of_two
 from vmem_kv.replay.schedule import POLICIES, Replay, StepTime
 from vmem_kv.replay.sharing import PREFIX_POLICIES, SharingMemory
@@ -81,14 +85,15 @@ class Scheme:
 
     name: str
     waste: str  # what of its active memory is not live
-    open: Callable[[Setting], Memory]
+    open: Callable[[Setting], StudiedMemory]
+    grows: bool = True  # whether running sequences take more, so that admission leaves them room
 
 
-def cuda_like(budget_bytes: int, page_bytes: int) -> AccountingDriver:
+def cuda_like(budget_bytes: int, page_bytes: int, max_mappings: int = MAX_DEVICE_MAPPINGS) -> AccountingDriver:
     """Books like those of a CUDA device with room for a budget: pages of 2 MiB or more, freed handles are kept."""
     granularity = min(2 * MIB, page_bytes & -page_bytes)
     return AccountingDriver(
-        _memory_for(budget_bytes, page_bytes), granularity, max_mappings=MAX_DEVICE_MAPPINGS, zeroes_new_pages=False
+        _memory_for(budget_bytes, page_bytes), granularity, max_mappings=max_mappings, zeroes_new_pages=False
     )
 
 
@@ -238,7 +243,7 @@ def _ours(
     *,
     keeps_warm: bool = False,
 ) -> Scheme:
-    def open_(setting: Setting) -> Memory:
+    def open_(setting: Setting) -> StudiedMemory:
         return open_allocator(
             setting, name=name, kind=kind, page_bytes=page_bytes, open_driver=open_driver, keeps_warm=keeps_warm
         )
@@ -249,24 +254,24 @@ def _ours(
     return Scheme(name, waste, open_)
 
 
-def _rival(name: str, rule_for: Callable[[Setting], Rule], waste: str) -> Scheme:
-    def open_(setting: Setting) -> Memory:
+def _rival(name: str, rule_for: Callable[[Setting], Rule], waste: str, *, grows: bool = True) -> Scheme:
+    def open_(setting: Setting) -> StudiedMemory:
         return RivalMemory(
             name,
             rule_for(setting),
             setting.shape.token_bytes,
             setting.budget_bytes,
             max_tokens=setting.max_tokens,
-            headroom=setting.headroom,
+            headroom=setting.headroom if grows else 0.0,
         )
 
-    return Scheme(name, waste, open_)
+    return Scheme(name, waste, open_, grows)
 
 
 SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        _rival("maximum length", lambda s: maximum_length(s.max_tokens), "all behind a sequence's end"),
+        _rival("maximum length", lambda s: maximum_length(s.max_tokens), "all behind a sequence's end", grows=False),
         _rival("power of two", lambda s: power_of_two, "the buffer behind a sequence's end"),
         _rival("PagedAttention, blocks of 256", lambda s: blocks_of(256), "the end of the last block"),
         _rival("PagedAttention, blocks of 16", lambda s: blocks_of(16), "the end of the last block"),
@@ -285,17 +290,21 @@ class Traffic:
     """A trace, and how it is played."""
 
     summary: TraceSummary
-    is_timed: bool  # requests come at their arrivals; else there are always some waiting
+    is_timed: bool  # requests come at their arrivals; else all of them wait from the start
     policy: str = "fcfs"
     max_requests: int | None = None
     patience_s: float | None = None
     step_time: StepTime = StepTime()  # noqa: RUF009 - frozen
 
+    def requests(self) -> Iterator[Request]:
+        """Read them."""
+        return read_trace(self.summary.path, self.max_requests)
+
     def replay(self, memory: Memory, setting: Setting, watch: Callable[[int], None]) -> Replay:
         """Make a replay of it through `memory`."""
         return Replay(
             memory,
-            read_trace(self.summary.path, self.max_requests),
+            self.requests(),
             n_max_running=setting.n_max_running,
             policy=POLICIES[self.policy],
             is_timed=self.is_timed,
@@ -315,6 +324,8 @@ class Row:
     traffic: Traffic
     scheme: str
     waste: str
+    headroom: float  # share of the budget that admission left to running sequences
+    fit: Fit  # the trace's requests, in their order, at their final lengths
     wall_s: float
     report: Report
 
@@ -331,7 +342,9 @@ class Row:
             "budget_bytes": setting.budget_bytes,
             "max_tokens": setting.max_tokens,
             "n_max_running": setting.n_max_running,
-            "headroom": setting.headroom,
+            "headroom": self.headroom,
+            "n_fitting": self.fit.n_sequences,
+            "is_full": self.fit.is_full,
             "load": "recorded" if traffic.is_timed else "full",
             "policy": traffic.policy,
             "patience_s": traffic.patience_s,
@@ -345,8 +358,12 @@ class Row:
 
 
 def window_of(rows: Sequence[Row]) -> Window:
-    """The window over which all rows of one table are averaged: as for one row, if every row has that window."""
-    return "loaded" if all(row.report.window == "loaded" for row in rows) else "whole"
+    """The window over which all rows of one table are averaged: as for one row, if every row has that window.
+
+    A row that was interrupted decides nothing unless it is alone: the others stay as they were.
+    """
+    deciding = [row for row in rows if row.report.is_complete] or rows
+    return "loaded" if all(row.report.window == "loaded" for row in deciding) else "whole"
 
 
 def rows_to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -379,6 +396,7 @@ def run_scheme(
             replay.run()
         except KeyboardInterrupt as error:
             interruption = error
+        wall_s = time.perf_counter() - began
         row = Row(
             trace_name(traffic.summary.path),
             traffic.summary.n_requests,
@@ -386,7 +404,9 @@ def run_scheme(
             traffic,
             scheme.name,
             scheme.waste,
-            time.perf_counter() - began,
+            setting.headroom if scheme.grows else 0.0,
+            memory.n_at_once(request.final_tokens for request in traffic.requests()),
+            wall_s,
             replay.report(),
         )
     finally:
@@ -407,11 +427,19 @@ class DecodeCost:
 
 
 def measure_decode(
-    setting: Setting, requests: Iterable[Request], *, kind: str, page_bytes: int, n_running: int, n_steps: int = 512
+    setting: Setting,
+    requests: Iterable[Request],
+    *,
+    kind: str,
+    page_bytes: int,
+    n_running: int,
+    n_steps: int = 512,
+    max_mappings: int = MAX_DEVICE_MAPPINGS,
 ) -> DecodeCost:
     """Time `ensure` over decode steps of the first `n_running` requests, all of them running at once.
 
-    The budget is raised to what that takes if it has to be: it does not change what a step costs.
+    The budget and the limit on mappings are raised to what that takes if they have to be: they do not change what a
+    step costs.
 
     Raises:
         ConfigError: The trace has fewer requests.
@@ -423,7 +451,7 @@ def measure_decode(
     layout = Layout.build(kind, setting.shape.layers, n_slots=n_running, max_tokens=max_tokens, page_bytes=page_bytes)
     needed = sum(layout.n_pages(n + n_steps + 1) for n in prompts) * page_bytes
     budget_bytes = max(setting.budget_bytes, needed)
-    driver = cuda_like(budget_bytes, page_bytes)
+    driver = cuda_like(budget_bytes, page_bytes, max(max_mappings, needed // page_bytes))
     cache = KVCache(PagePool(driver, page_bytes, ceil_div(budget_bytes, page_bytes)), layout)
     slots = cache.acquire_adjacent(n_running)
     cache.ensure(dict(zip(slots, prompts, strict=True)))
@@ -459,7 +487,7 @@ def count_steady_calls(setting: Setting, requests: Iterable[Request], *, kind: s
     A call for each page or span, as a device's own driver is called.
     Requests that do not fit beside those in front of them are left out.
     """
-    ends = [(r.prompt_tokens, r.prompt_tokens + max(1, r.output_tokens) - 1) for r in requests]
+    ends = [(r.prompt_tokens, r.final_tokens) for r in requests]
     driver = cuda_like(setting.budget_bytes, page_bytes)
     layout = Layout.build(
         kind, setting.shape.layers, n_slots=len(ends), max_tokens=setting.max_tokens, page_bytes=page_bytes

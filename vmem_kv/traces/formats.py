@@ -2,14 +2,17 @@
 
     normalised     CSV with prompt_tokens and output_tokens, and arrival_s in seconds if it has arrivals;
                    prefix_hashes, if it has them, are the ids of the prompt's blocks of `# block_size: N` tokens, "a-b"
-                   being a run of ids; `# key: value` lines may stand in front, other columns are passed over
+                   being a run of ids; `# key: value` lines may stand in front, other columns are passed over, except
+                   that arrivals by another name are refused
     Azure          CSV with TIMESTAMP, ContextTokens, GeneratedTokens
-    BurstGPT       CSV with Timestamp, Request tokens, Response tokens
+    BurstGPT       CSV with Timestamp, Request tokens, Response tokens; rows with 0 response tokens, which is how it
+                   marks a failure, are left out and counted
     Mooncake       JSON lines with timestamp (ms), input_length, output_length, and hash_ids if it has them: the ids of
                    the prompt's blocks of 512 tokens
     ShareGPT       one JSON array of conversations: text, without arrivals and without lengths
 
-Any of them may be gzipped. ShareGPT's texts are counted as one token for every `CHARACTERS_PER_TOKEN` characters:
+Any of them may be gzipped. Names of columns are read without regard to case, outer spaces, and whether a space or an
+underscore stands between words. ShareGPT's texts are counted as one token for every `CHARACTERS_PER_TOKEN` characters:
 lengths are estimates then, and `TraceSummary.note` says so. Each answer is a request, and its prompt is all that was
 said before it.
 
@@ -28,6 +31,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -48,6 +52,9 @@ MAX_BLOCK_TOKENS = 1 << 31
 
 _MAX_ARRIVAL_S = 1e10
 
+_MAX_NOTE_CHARS = 200
+"""Of what a file says about its arrivals."""
+
 
 class Request(NamedTuple):
     """One row of a trace."""
@@ -56,6 +63,11 @@ class Request(NamedTuple):
     prompt_tokens: int  # at least 1
     output_tokens: int
     blocks: tuple[range, ...] = ()  # ids of the prompt's blocks from its first token on, as runs; empty if unknown
+
+    @property
+    def final_tokens(self) -> int:
+        """What it holds when it ends: the last output is never written, and a prompt is held if nothing is asked."""
+        return self.prompt_tokens + max(1, self.output_tokens) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +79,18 @@ class TraceSummary:
     n_requests: int
     prompt_tokens: int  # sums
     output_tokens: int
-    longest_tokens: int  # the greatest prompt + output
-    has_arrivals: bool  # in every row
+    longest_tokens: int  # the greatest `Request.final_tokens`
+    shortest_tokens: int  # the least
+    n_arrivals: int  # rows that have one
     is_ascending: bool  # whether no request arrives before the one in front of it
     block_tokens: int  # tokens in a block of `Request.blocks`; 0 if no row has any
+    arrival_note: str  # what the file itself says of its arrivals; may be empty
     note: str  # what a reader of results must know; may be empty
+
+    @property
+    def has_arrivals(self) -> bool:
+        """In every row."""
+        return self.n_arrivals == self.n_requests
 
     @property
     def mean_tokens(self) -> int:
@@ -86,37 +105,43 @@ def scan_trace(path: Path, max_requests: int | None = None) -> TraceSummary:
         ConfigError: It cannot be read, a row is malformed, or it holds no request.
     """
     place = Place(path)
-    n_requests = prompt_tokens = output_tokens = longest = 0
-    has_arrivals = is_ascending = True
-    has_blocks = False
+    n_requests = prompt_tokens = output_tokens = longest = n_arrivals = 0
+    shortest = 2 * MAX_TOKENS
+    is_ascending, has_blocks = True, False
     last_s = -math.inf
     with open_trace(place) as file:
-        form, block_tokens, rows = _recognise(file, place)
-        for request in _first(rows, max_requests):
+        trace = _recognise(file, place)
+        for request in islice(trace.requests, max_requests):
             n_requests += 1
             prompt_tokens += request.prompt_tokens
             output_tokens += request.output_tokens
-            longest = max(longest, request.prompt_tokens + request.output_tokens)
+            longest = max(longest, request.final_tokens)
+            shortest = min(shortest, request.final_tokens)
             has_blocks = has_blocks or bool(request.blocks)
-            if request.arrival_s is None:
-                has_arrivals = False
-            else:
+            if request.arrival_s is not None:
+                n_arrivals += 1
                 is_ascending = is_ascending and request.arrival_s >= last_s
                 last_s = request.arrival_s
     if not n_requests:
         raise _holds_nothing(place)
-    note = f"lengths estimated, {CHARACTERS_PER_TOKEN} characters a token" if form == "ShareGPT" else ""
+    notes = []
+    if trace.form == "ShareGPT":
+        notes.append(f"lengths estimated, {CHARACTERS_PER_TOKEN} characters a token")
+    if place.n_left_out:
+        notes.append(f"{place.n_left_out:,} left out that failed (0 response tokens)")
     return TraceSummary(
         path,
-        form,
+        trace.form,
         n_requests,
         prompt_tokens,
         output_tokens,
         longest,
-        has_arrivals,
+        shortest,
+        n_arrivals,
         is_ascending,
-        block_tokens if has_blocks else 0,
-        note,
+        trace.block_tokens if has_blocks else 0,
+        trace.arrival_note,
+        "; ".join(notes),
     )
 
 
@@ -128,42 +153,48 @@ def read_trace(path: Path, max_requests: int | None = None) -> Iterator[Request]
     """
     place = Place(path)
     with open_trace(place) as file:
-        yield from _first(_recognise(file, place)[2], max_requests)
+        yield from islice(_recognise(file, place).requests, max_requests)
 
 
 def _holds_nothing(place: Place) -> ConfigError:
     place.line = 0
+    if place.n_left_out:
+        return place.error(f"holds no request but {place.n_left_out:,} that failed (0 response tokens)")
     return place.error(
         "holds no request. The least that will do is two lines: prompt_tokens,output_tokens and, for example, 100,50"
     )
 
 
-def _first(rows: Iterator[Request], n_rows: int | None) -> Iterator[Request]:
-    for index, request in enumerate(rows):
-        if index == n_rows:
-            return
-        yield request
+class _Trace(NamedTuple):
+    """An open trace."""
+
+    form: str
+    requests: Iterator[Request]
+    block_tokens: int = 0
+    arrival_note: str = ""
 
 
-def _recognise(file: BinaryIO, place: Place) -> tuple[str, int, Iterator[Request]]:
-    """Look at the first line that is no comment; return the form's name, its block size and its requests."""
+def _recognise(file: BinaryIO, place: Place) -> _Trace:
+    """Look at the first line that is no comment, and at the comments in front of it."""
     start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
     file.seek(0)
     if start.startswith(b"["):
-        return "ShareGPT", 0, _sharegpt(file, place)
+        return _Trace("ShareGPT", _sharegpt(file, place))
     lines = read_lines(file, place)
-    block_tokens = 0
+    block_tokens, arrival_note = 0, ""
     for line in lines:
         name, _, value = line.partition(":")
         if name.strip("# ") == "block_size" and line.startswith("#"):
             block_tokens = _count(value.strip(), "tokens of a block", 1, place)
+        elif name.strip("# ") == "arrival_s" and line.startswith("#"):
+            arrival_note = value.strip()[:_MAX_NOTE_CHARS]
         elif line.strip() and not line.startswith("#"):
             break
     else:
         raise _holds_nothing(place)
     if line.lstrip().startswith("{"):
-        return "Mooncake", MOONCAKE_BLOCK_TOKENS, _mooncake(line, lines, place)
-    header = [name.strip() for name in _cells(line, place)]
+        return _Trace("Mooncake", _mooncake(line, lines, place), MOONCAKE_BLOCK_TOKENS)
+    header = [_column_name(cell) for cell in _cells(line, place)]
     if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
         raise place.error(
             f"has {', '.join(twice)[:120]!r} in its header more than once; each column needs a name of its own"
@@ -173,12 +204,30 @@ def _recognise(file: BinaryIO, place: Place) -> tuple[str, int, Iterator[Request
             found = _Columns(
                 prompt=header.index(columns[0]),
                 output=header.index(columns[1]),
-                arrival=_arrival_index(name, header),
+                arrival=_arrival_index(name, header, place),
                 blocks=header.index("prefix_hashes") if name == "normalised" and "prefix_hashes" in header else None,
                 n_columns=len(header),
             )
-            return name, block_tokens, _csv_rows(found, block_tokens, lines, place, parse)
+            rows = _csv_rows(found, block_tokens, lines, place, parse)
+            if name == "BurstGPT":
+                rows = _answered(rows, place)
+            return _Trace(name, rows, block_tokens, arrival_note)
     raise place.error(_unknown_header(line, header))
+
+
+def _column_name(cell: str) -> str:
+    """The name of a column that is known here, however it is written; any other as it is."""
+    written = cell.strip()
+    return _KNOWN_COLUMNS.get("_".join(written.lower().split()), written)
+
+
+def _answered(requests: Iterator[Request], place: Place) -> Iterator[Request]:
+    """Leave those out that got no answer, and count them."""
+    for request in requests:
+        if request.output_tokens:
+            yield request
+        else:
+            place.n_left_out += 1
 
 
 def _unknown_header(line: str, header: Sequence[str]) -> str:
@@ -196,10 +245,22 @@ def _unknown_header(line: str, header: Sequence[str]) -> str:
     )
 
 
-def _arrival_index(form: str, header: Sequence[str]) -> int | None:
-    """The normalised form may lack its column of arrivals; in the others it is required."""
-    name = {"normalised": "arrival_s", "Azure": "TIMESTAMP", "BurstGPT": "Timestamp"}[form]
-    return header.index(name) if name in header else None
+def _arrival_index(form: str, header: Sequence[str], place: Place) -> int | None:
+    """The normalised form may lack its column of arrivals; in the others it is required.
+
+    Raises:
+        ConfigError: The normalised form has arrivals under another name: nobody knows their unit.
+    """
+    if form != "normalised":
+        return header.index("Timestamp")
+    if "arrival_s" in header:
+        return header.index("arrival_s")
+    if others := [name for name in header if name.lower().startswith(("arriv", "timestamp"))]:
+        raise place.error(
+            f"has a column {others[0][:40]!r}; arrivals are read from one named arrival_s, in seconds. Convert and "
+            "rename it, or leave it out to play the trace without arrivals"
+        )
+    return None
 
 
 class _Columns(NamedTuple):
@@ -337,10 +398,16 @@ def _wall_clock(text: str, place: Place) -> float | None:
 
 _CSV_FORMS: tuple[tuple[str, tuple[str, ...], Callable[[str, Place], float | None]], ...] = (
     ("normalised", ("prompt_tokens", "output_tokens"), _seconds),
-    ("Azure", ("ContextTokens", "GeneratedTokens", "TIMESTAMP"), _wall_clock),
+    ("Azure", ("ContextTokens", "GeneratedTokens", "Timestamp"), _wall_clock),
     ("BurstGPT", ("Request tokens", "Response tokens", "Timestamp"), _required_seconds),
 )
 """Name, columns (prompt, output, and what else is required), how arrivals are written."""
+
+_KNOWN_COLUMNS = {
+    "_".join(name.lower().split()): name
+    for name in ("arrival_s", "prefix_hashes", *(column for _, columns, _ in _CSV_FORMS for column in columns))
+}
+"""Their names by how they are compared."""
 
 
 def _mooncake(first: str, lines: Iterator[str], place: Place) -> Iterator[Request]:

@@ -39,6 +39,7 @@ class Place:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.line = 0
+        self.n_left_out = 0  # rows that were understood and are no requests
 
     def error(self, reason: str) -> ConfigError:
         """Return what to raise for this place."""

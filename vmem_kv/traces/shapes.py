@@ -12,7 +12,10 @@ from vmem_kv.errors import ConfigError
 from vmem_kv.layout import LayerSpec, TensorSpec
 
 _ELEMENT_BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2, "fp8": 1, "int8": 1}
-_CUSTOM = re.compile(r"(\d{1,4})x(\d{1,4})x(\d{1,5})(?::([a-z0-9]+))?", re.ASCII)
+_CUSTOM = re.compile(r"(\d+)x(\d+)x(\d+)(?::([a-z0-9]+))?", re.ASCII)
+
+_MOST = {"layers": 9_999, "heads": 9_999, "size of a head": 99_999}
+"""A greater number in a shape is taken for a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,10 @@ def find_shape(text: str) -> ModelShape:
             f"unknown model shape {text[:80]!r}; choose {', '.join(SHAPES)}, or write K/V layers x heads x size, "
             "for example 32x8x128:bf16"
         )
-    n_layers, n_heads, head_dim = (int(match[i]) for i in (1, 2, 3))
-    if min(n_layers, n_heads, head_dim) < 1:
-        raise ConfigError(f"model shape {text!r} has a zero in it; every number must be at least 1")
+    for digits, (what, most) in zip(match.group(1, 2, 3), _MOST.items(), strict=True):
+        if len(digits) > 20 or not 1 <= int(digits) <= most:
+            raise ConfigError(f"model shape {text[:80]!r}: {what} is {digits[:20]}; it must lie between 1 and {most:,}")
+    n_layers, n_heads, head_dim = (int(digits) for digits in match.group(1, 2, 3))
     dtype = match[4] or "bf16"
     if dtype not in _ELEMENT_BYTES:
         raise ConfigError(f"unknown number format {dtype!r} in {text!r}; choose one of {', '.join(_ELEMENT_BYTES)}")
