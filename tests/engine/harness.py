@@ -19,6 +19,7 @@ from vmem_kv.driver.base import Driver
 from vmem_kv.driver.ledger import Ledger
 from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.llm import make_config
+from vmem_kv.engine.moves import Carriers, inline
 from vmem_kv.engine.request import Request, SequenceUpdate
 from vmem_kv.engine.sampling_params import SamplingParams
 from vmem_kv.growth import SlotId
@@ -46,14 +47,18 @@ def engine_on(
     driver: OpenDriver | None = None,
     may_lose_pages: bool = False,
     clock: Callable[[], float] = time.monotonic,
+    carriers: Callable[[Driver], Carriers] = inline,
     **options: Any,
 ) -> Iterator[Engine]:
     """Yield an engine on a model of its own; afterwards nothing may be left in its memory.
 
+    What moves between tiers has moved when the call returns, unless `carriers` says otherwise.
+
     But for pages whose release failed, where `may_lose_pages` says so: they are counted, and nobody's.
     """
     model = copy.deepcopy(build_model(architecture))
-    engine = Engine(model, tokenizer, make_config(**options), open_driver=driver or backend(), clock=clock)
+    config = make_config(**options)
+    engine = Engine(model, tokenizer, config, open_driver=driver or backend(), clock=clock, open_carriers=carriers)
     try:
         yield engine
         engine.memory.cache.check()

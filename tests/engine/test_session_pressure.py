@@ -215,7 +215,7 @@ def test_what_goes_for_want_of_a_place_is_not_written_to_disk_before(
     with sessions_on(tmp_path, max_sessions=1) as engine:
         ask(engine, prompt_of(20), "a")
         engine.park_session("a")
-        monkeypatch.setattr(DiskTier, "store", None)
+        monkeypatch.setattr(DiskTier, "begin_store", None)
         ask(engine, prompt_of(20, 1), "b")
         stats = figures(engine)
         assert (stats.n_on_device, stats.n_on_host, stats.n_gone) == (1, 0, 1)

@@ -535,7 +535,7 @@ def test_a_damaged_session_is_computed_again(tmp_path: Path, monkeypatch: pytest
         said = ask(engine, prompt_of(30)).token_ids
         engine.park_session("one")
         engine.park_session("one")
-        monkeypatch.setattr(DiskTier, "load", functools.partialmethod(_damaged, DiskTier.load))
+        monkeypatch.setattr(DiskTier, "begin_load", functools.partialmethod(_damaged, DiskTier.begin_load))
         assert ask(engine, (*prompt_of(30), *said, 5)).n_cached_tokens == 0
         monkeypatch.undo()
         assert figures(engine).n_on_disk == 0

@@ -25,6 +25,7 @@ from vmem_kv.server.limits import Limits
 from vmem_kv.server.metrics import Metrics
 from vmem_kv.server.run import Server, bind
 from vmem_kv.server.service import Service
+from vmem_kv.server.session_folder import SessionFolder
 from vmem_kv.server.text import TextCodec
 
 MODEL = "tiny"
@@ -122,6 +123,7 @@ def serving(
     limits: Limits | None = None,
     keys: tuple[str, ...] = (),
     driver: OpenDriver | None = None,
+    saves_in: SessionFolder | None = None,
     **options: Any,
 ) -> Iterator[Running]:
     """Serve the model in a folder. Afterwards the server has ended by itself, and no memory is left."""
@@ -137,6 +139,7 @@ def serving(
         Keys(keys),
         Hosts("127.0.0.1"),
         Metrics(engine),
+        saves_in,
     )
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]

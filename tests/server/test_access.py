@@ -24,6 +24,9 @@ ROUTES = [
     *(("GET", path) for path in ("/v1/models", "/v1/models/x", "/metrics", "/openapi.json", "/dashboard")),
     *(("GET", path) for path in ("/dashboard/data", "/nowhere", "/docs", "/")),
     ("DELETE", "/v1/sessions/x"),
+    *(("GET", path) for path in ("/v1/saved_sessions",)),
+    *(("POST", path) for path in ("/v1/saved_sessions", "/v1/saved_sessions/load")),
+    ("DELETE", "/v1/saved_sessions/x"),
 ]
 
 

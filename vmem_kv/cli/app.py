@@ -46,6 +46,7 @@ OPTION_OF_SETTING = (
     (r"\bdisk_bytes\b", "--disk-memory"),
     (r"\bdisk_folder\b", "--disk-folder"),
     (r"\bsession_ttl_s\b", "--session-ttl"),
+    (r"\bmax_session_ttl_s\b", "--max-session-ttl"),
     (r"\battn_implementation=['\"](\w+)['\"]", r"--attention \1"),
 )
 """How settings are called in Python, as patterns, and by those who type a command."""

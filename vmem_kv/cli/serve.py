@@ -107,6 +107,30 @@ def serve(
                      help="Seconds that a session keeps its slot while nobody asks; then ten times as long in "
                      "host memory, and sixty times on disk.", rich_help_panel=_ENGINE),
     ] = 60.0,
+    max_session_ttl: Annotated[
+        float | None,
+        typer.Option(metavar="S", min=0.0, help="The longest that a request may ask for in its stead (session_ttl).",
+                     show_default="--session-ttl", rich_help_panel=_ENGINE),
+    ] = None,
+    load_session: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="A saved session to begin with, and its name. Needs --host-memory.",
+                     rich_help_panel=_ENGINE),
+    ] = None,
+    load_prompt: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE",
+                     help="A saved session that every client's requests may begin with, such as a system prompt. It "
+                     "stays in host memory. Needs --host-memory.", rich_help_panel=_ENGINE),
+    ] = None,
+    session_folder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where clients may save sessions; they choose names, never paths. Needs "
+                     "--host-memory.", file_okay=False, show_default="nowhere", rich_help_panel=_HTTP),
+    ] = None,
+    max_saved: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Saved sessions of one API key.", rich_help_panel=_HTTP)
+    ] = 64,
     layout: Annotated[
         str,
         typer.Option(metavar="NAME", help="auto, per_head, per_layer, group:N or token_major.",
@@ -185,8 +209,9 @@ def serve(
 
     **Endpoints**
 
-    `/v1/chat/completions`, `/v1/completions` (both stream), `/v1/models`, `/tokenize`, `/detokenize`, `/openapi.json`;
-    `/health` (the process lives), `/ready` (requests are computed), `/metrics` (Prometheus), `/dashboard`.
+    `/v1/chat/completions`, `/v1/completions` (both stream), `/v1/models`, `/v1/sessions`, `/v1/saved_sessions`,
+    `/tokenize`, `/detokenize`, `/openapi.json`; `/health` (the process lives), `/ready` (requests are computed),
+    `/metrics` (Prometheus), `/dashboard`.
 
     **Memory**
 
@@ -200,7 +225,14 @@ def serve(
     With --host-memory, requests may name a conversation: `"session_id": "..."`, up to 256 characters, in the body of
     both endpoints. The next request of that name computes only what is new. The name is good for one API key and one
     `cache_salt`. A session that waits blocks nobody: it leaves the device after --session-ttl, or when pages run short,
-    for host memory, and that for --disk-folder.
+    for host memory, and that for --disk-folder. `"session_ttl": S` has one leave it earlier, or up to --max-session-ttl
+    later.
+
+    **Saved sessions**
+
+    With --session-folder, `POST /v1/saved_sessions` with `{"name": ..., "session_id": ...}` saves a session there, and
+    `POST /v1/saved_sessions/load` with the same fields begins one with it, in a later server too. --load-session does
+    that at the start, and --load-prompt lets every request that begins as a saved session begin with its rows.
 
     **Ending**
 
@@ -218,11 +250,16 @@ def serve(
     from vmem_kv.server.auth import Hosts, Keys
     from vmem_kv.server.limits import Limits
     from vmem_kv.server.log import check_level, lossy_stderr
+    from vmem_kv.server.preload import Preload
     from vmem_kv.server.run import bind, check_exposure
+    from vmem_kv.server.session_folder import SessionFolder
 
     check_level(log_level)
     keys = Keys(_read_keys(api_key, api_key_file))
     check_exposure(host, bool(keys))
+    preload = Preload.of(load_session or (), load_prompt or ())
+    preload.check(keys)
+    folder = None if session_folder is None else SessionFolder(session_folder, max_saved)
     limits = Limits(request_timeout_s=request_timeout, send_timeout_s=send_timeout, silent_s=max_silence, grace_s=grace)
     listener = bind(host, port)
     engine_options: dict[str, Any] = {
@@ -239,6 +276,7 @@ def serve(
         "disk_bytes": disk_memory,
         "disk_folder": None if disk_folder is None else str(disk_folder),
         "session_ttl_s": session_ttl,
+        "max_session_ttl_s": max_session_ttl,
         **({"page_bytes": _bytes(page_bytes)} if page_bytes else {}),
     }
     name = served_name or (_name_of(model_name) if model_name else "SmolLM2-135M-Instruct")
@@ -262,7 +300,7 @@ def serve(
         code = serve_model(
             model, tokenizer, config,
             name=name, limits=limits, keys=keys, hosts=Hosts(host, allowed_host or ()), listener=listener,
-            log_level=log_level, on_started=on_started,
+            log_level=log_level, folder=folder, preload=preload, on_started=on_started,
         )  # fmt: skip
     raise typer.Exit(code)
 

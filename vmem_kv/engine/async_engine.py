@@ -23,6 +23,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from vmem_kv.errors import (
     UsageError,
     VmemError,
 )
+from vmem_kv.tiers.moving import Task
 from vmem_kv.tiers.sessions import Level
 
 MAX_UNREAD_CHARACTERS = 64 * 1024
@@ -276,6 +278,67 @@ class AsyncEngine:
             EngineDead: The engine ended, or is not started.
         """
         return self._queue(lambda: self.engine.forget_session(session_id, domain))
+
+    def save_session(self, session_id: str, path: str | Path, domain: str = "", timeout_s: float = 600.0) -> None:
+        """Write a session to a file, while the engine goes on; see `Engine.save_session`.
+
+        Blocks; not for an event loop that requests wait for.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+            TimeoutError: It took longer than `timeout_s`; it may still happen.
+        """
+        end_s = time.monotonic() + timeout_s
+        saving = self.beginning_to_save(session_id, path, domain).result(timeout_s)
+        if not saving.passes_within(max(0.0, end_s - time.monotonic())):
+            raise TimeoutError(f"session {session_id!r} is not written after {timeout_s} seconds, and may still be")
+        saving.result()
+
+    def beginning_to_save(self, session_id: str, path: str | Path, domain: str = "") -> Future[Task[None]]:
+        """As `save_session`, for event loops (`asyncio.wrap_future`): return what gives what says when it is written.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+        """
+        return self._queue(lambda: self.engine.begin_save_session(session_id, path, domain))
+
+    def load_session(
+        self,
+        session_id: str,
+        path: str | Path,
+        domain: str = "",
+        *,
+        ttl_s: float | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Let the engine's thread begin a session with a file, between two steps; see `Engine.load_session`.
+
+        Blocks; not for an event loop that requests wait for. Other requests wait until the file is read.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+            TimeoutError: It took longer than `timeout_s`; it may still happen.
+        """
+        self.loading_session(session_id, path, domain, ttl_s=ttl_s).result(timeout_s)
+
+    def loading_session(
+        self, session_id: str, path: str | Path, domain: str = "", *, ttl_s: float | None = None
+    ) -> Future[None]:
+        """As `load_session`, for event loops (`asyncio.wrap_future`): return what is done when that is.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+        """
+        return self._queue(lambda: self.engine.load_session(session_id, path, domain, ttl_s=ttl_s))
+
+    def load_prompt(self, path: str | Path, domain: str | None = "", timeout_s: float = 600.0) -> int:
+        """Let the engine's thread take in a saved prompt, between two steps; see `Engine.load_prompt`.
+
+        Raises:
+            EngineDead: The engine ended, or is not started.
+            TimeoutError: It took longer than `timeout_s`; it may still happen.
+        """
+        return self._queue(lambda: self.engine.load_prompt(path, domain)).result(timeout_s)
 
     def snapshot(self) -> EngineStats:
         """Return what there is to know just now."""

@@ -43,6 +43,7 @@ class EngineConfig:
         disk_folder: Where, on a local disk.
         session_ttl_s: How long a session that nobody asks for keeps its slot. Then it is in host memory for ten times
             as long, on disk for sixty times, and is gone.
+        max_session_ttl_s: The longest that a request may ask for in its stead; default: `session_ttl_s`.
         max_sessions: The most sessions, wherever they are. For one more, whoever has most of them loses one.
         cache: How memory is used: budget, page size, layout. `max_tokens` is ours (`max_model_len`).
 
@@ -68,6 +69,7 @@ class EngineConfig:
     disk_bytes: int = 0
     disk_folder: str | None = None
     session_ttl_s: float = 60.0
+    max_session_ttl_s: float | None = None
     max_sessions: int = 1_024
     cache: CacheConfig = field(default_factory=CacheConfig)
 
@@ -98,6 +100,11 @@ class EngineConfig:
             raise ConfigError(f"prefix_share is {self.prefix_share!r}; it must be from 0 to 1")
         if not self.session_ttl_s >= 0:
             raise ConfigError(f"session_ttl_s is {self.session_ttl_s!r}; it must be 0 or more seconds")
+        if not self.longest_session_ttl_s >= self.session_ttl_s:
+            raise ConfigError(
+                f"max_session_ttl_s is {self.max_session_ttl_s!r}; it must be session_ttl_s ({self.session_ttl_s:g}) "
+                "or more"
+            )
         if self.disk_bytes and not self.disk_folder:
             raise ConfigError("disk_bytes is set without disk_folder; name a folder on a local disk")
         if self.disk_bytes and not self.host_bytes:
@@ -111,6 +118,11 @@ class EngineConfig:
                 f"max_batch_tokens is {self.max_batch_tokens}, below max_num_seqs {self.max_num_seqs}; "
                 "every running sequence must be able to compute a token in each step"
             )
+
+    @property
+    def longest_session_ttl_s(self) -> float:
+        """The longest that a session may keep its slot."""
+        return self.session_ttl_s if self.max_session_ttl_s is None else self.max_session_ttl_s
 
     @property
     def n_prefix_slots(self) -> int:

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +29,24 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from vmem_kv.attention.choose import AUTO
 from vmem_kv.devices import OpenDriver, open_driver
+from vmem_kv.driver.base import Driver
 from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
+from vmem_kv.engine.moves import Carriers, threads
 from vmem_kv.engine.packed import PackedRoute
 from vmem_kv.engine.packed_weights import is_available, pack
-from vmem_kv.engine.request import MAX_SESSION_CHARACTERS, FinishReason, Request, Sequence, SequenceUpdate
+from vmem_kv.engine.request import (
+    MAX_SESSION_CHARACTERS,
+    FinishReason,
+    Request,
+    Sequence,
+    SequenceUpdate,
+    is_session_id,
+)
 from vmem_kv.engine.route import Route
 from vmem_kv.engine.rows_route import RowsRoute
 from vmem_kv.engine.sampler import Sampled, Sampler
+from vmem_kv.engine.saved import SavedSessions
 from vmem_kv.engine.scheduler import Chunk, Scheduler, StepPlan
 from vmem_kv.engine.session_slots import SessionSlots
 from vmem_kv.engine.tier_stats import TierFigures
@@ -55,6 +66,7 @@ from vmem_kv.errors import (
 from vmem_kv.growth import SlotId
 from vmem_kv.prefix.entry import PrefixStats
 from vmem_kv.stats import CacheStats, SlotStats
+from vmem_kv.tiers.moving import Task
 from vmem_kv.tiers.sessions import Level
 from vmem_kv.units import count
 
@@ -144,6 +156,7 @@ class Engine:
         config: How to run.
         open_driver: Opens the driver for the model's device.
         clock: Seconds that never go back: by them sessions expire.
+        open_carriers: Begins who makes copies to and from host memory and reads and writes files, by default threads.
 
     Raises:
         ConfigError: The model or the machine does not allow it, or the memory budget holds no sequence at all; the
@@ -158,6 +171,7 @@ class Engine:
         config: EngineConfig | None = None,
         open_driver: OpenDriver = open_driver,
         clock: Callable[[], float] = time.monotonic,
+        open_carriers: Callable[[Driver], Carriers] = threads,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
@@ -175,13 +189,15 @@ class Engine:
         self.end_token_ids = _end_token_ids(model)
         try:
             self._require_room()
-            self.slots, self._sessions = open_slots(self.route, config, clock)
+            slots = open_slots(self.route, config, clock, open_carriers)
         except BaseException:
             self.route.close()
             self._unpack()
             raise
+        self.slots, self._sessions = slots.source, slots.sessions
+        self.saved = SavedSessions(model, self.route, slots)
         self._scheduler = Scheduler(
-            self.memory, self.slots, config.max_num_seqs, config.max_batch_tokens, self.route.drop
+            self.memory, self.slots, slots.moves, config.max_num_seqs, config.max_batch_tokens, self.route.drop
         )
         self._sampler = Sampler(self.end_token_ids)
         self._answers: dict[Sequence, Answer] = {}
@@ -220,8 +236,9 @@ class Engine:
         if params.n > max_n:
             raise InvalidRequest(f"n is {params.n}; at most {count(max_n, 'answer')} can be given", "n")
         name = request.session_id
-        if name is not None and not (isinstance(name, str) and 0 < len(name) <= MAX_SESSION_CHARACTERS):
+        if name is not None and not is_session_id(name):
             raise InvalidRequest(f"session_id must be a text of 1 to {MAX_SESSION_CHARACTERS} characters", "session_id")
+        self._check_session_ttl(request)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop texts need a tokenizer, and this engine has none", "stop")
         if params.max_tokens is not None and n_prompt + params.max_tokens > n_fit:
@@ -287,6 +304,7 @@ class Engine:
             InvariantError: A bug. Likewise.
         """
         updates: list[SequenceUpdate] = []
+        self.saved.settle()
         plan = self._schedule(updates)
         if plan.chunks:
             for part, logits in self._compute(plan, updates):
@@ -301,6 +319,7 @@ class Engine:
         Raises:
             DriverError: The device is lost.
         """
+        self.saved.settle()
         self.slots.settle()
 
     def park_session(self, session_id: str, domain: str = "") -> Level | None:
@@ -329,6 +348,86 @@ class Engine:
         """
         try:
             self._require_sessions().forget(session_id, domain)
+        finally:
+            self.slots.settle()
+
+    def save_session(self, session_id: str, path: str | Path, domain: str = "") -> None:
+        """Write a session that waits to a file, wherever it is. It stays there.
+
+        The file holds the session's tokens as they are, and is readable by its owner only. An engine of the same model
+        loads it, in a later process and on another device too. To write it takes the disk's time, and is waited for;
+        `begin_save_session` does not wait for the disk.
+
+        Raises:
+            ConfigError: No sessions are kept here; the message says what to set.
+            UnknownSession: There is none of that name in this domain.
+            SessionInUse: It belongs to an unfinished request.
+            OutOfHostMemory: There is no host memory for its rows, which pass through it.
+            FileRefused: It was damaged on disk (`disk_folder`). It is gone.
+            OutOfDiskSpace, FileError: The file cannot be written. One of that name is as it was.
+            DriverError: Its rows could not be moved.
+            Nothing changed after any other than FileRefused.
+        """
+        try:
+            self.begin_save_session(session_id, path, domain).result()
+        finally:
+            self.saved.settle()
+
+    def begin_save_session(self, session_id: str, path: str | Path, domain: str = "") -> Task[None]:
+        """Begin `save_session`, while the engine goes on; return what says, in any thread, when and how it has ended.
+
+        Raises:
+            VmemError: As `save_session`, but for what the file fails with: `Task.result` raises that.
+        """
+        try:
+            return self.saved.begin_save(session_id, path, domain)
+        finally:
+            self.slots.settle()
+
+    def load_session(self, session_id: str, path: str | Path, domain: str = "", *, ttl_s: float | None = None) -> None:
+        """Begin a session with what a file holds: the next request of that name goes on in it.
+
+        Its rows are in host memory until then. Load files only from where you would load a model from.
+
+        Args:
+            session_id: A name that no session has.
+            path: A file that `save_session` wrote.
+            domain: Whose session it is to be.
+            ttl_s: As `Request.session_ttl_s`, without its bound; default: `EngineConfig.session_ttl_s`.
+
+        Raises:
+            ConfigError: No sessions are kept here; the message says what to set.
+            UsageError: There is a session of that name, or the name or the time is none.
+            SessionInUse: An unfinished request has that name.
+            FileRefused: The file is truncated, altered, too long, of another model or number type, or from a newer
+                version; the message says which.
+            FileError: It cannot be read.
+            CapacityError: There is no room for it in host memory, or for one more session. Others may have gone to
+                disk.
+            Nothing changed after any of these.
+        """
+        try:
+            self.saved.load(session_id, path, domain, ttl_s)
+        finally:
+            self.slots.settle()
+
+    def load_prompt(self, path: str | Path, domain: str | None = "") -> int:
+        """Let every request that begins as a saved session does begin with its rows: a system prompt, most often.
+
+        It stays in host memory until the engine is closed; no request and no session pushes it out.
+
+        Args:
+            path: A file that `save_session` wrote.
+            domain: Whose requests; None for everybody's. Their slots share no page across domains all the same.
+
+        Returns:
+            How many tokens it has. Requests use as many as they have in common with it.
+
+        Raises:
+            ConfigError, FileRefused, FileError, OutOfHostMemory: As `load_session`.
+        """
+        try:
+            return self.saved.load_prompt(path, domain)
         finally:
             self.slots.settle()
 
@@ -367,6 +466,7 @@ class Engine:
             stack.callback(self._unpack)
             stack.callback(self.route.close)
             stack.callback(self.slots.close)
+            stack.callback(self.saved.close)
             for request_id in list(self._requests):
                 self.abort(request_id)
 
@@ -530,6 +630,18 @@ class Engine:
         if self.max_tokens_alone < self.max_model_len:
             return f"the memory budget holds at most {self.max_tokens_alone} tokens of one sequence"
         return f"This model's maximum context length is {self.max_model_len} tokens"
+
+    def _check_session_ttl(self, request: Request) -> None:
+        ttl_s, longest_s = request.session_ttl_s, self.config.longest_session_ttl_s
+        if ttl_s is None:
+            return
+        if request.session_id is None:
+            raise InvalidRequest("session_ttl_s is set without session_id; name the session", "session_ttl_s")
+        if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not 0 <= ttl_s <= longest_s:
+            raise InvalidRequest(
+                f"session_ttl_s is {ttl_s!r:.40}; sessions keep their slot for 0 to {longest_s:g} seconds here",
+                "session_ttl_s",
+            )
 
     def _check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
         for token_id in token_ids:

@@ -9,7 +9,9 @@ llm.close()
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +23,12 @@ from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.conversation import ChatWriter
 from vmem_kv.engine.engine import Engine, EngineStats
 from vmem_kv.engine.progress import open_progress
-from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate, TokenLogprobs, new_request_id
 from vmem_kv.engine.sampling_params import SamplingParams
-from vmem_kv.errors import ConfigError, InvalidRequest, RequestError
+from vmem_kv.errors import ConfigError, InvalidRequest, RequestError, UnknownSession
 from vmem_kv.models import load
 from vmem_kv.tiers.sessions import Level
-from vmem_kv.units import parse_bytes
+from vmem_kv.units import count, parse_bytes
 
 Prompt = str | Sequence[int]
 Message = dict[str, str]
@@ -105,6 +107,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         session_ids: Sequence[str | None] | None = None,
+        session_ttl_s: float | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer prompts, as many at once as fit.
@@ -113,6 +116,7 @@ class LLM:
             prompts: Texts or lists of tokens; or one of them. Tokens may also be in arrays of numpy or in tensors.
             params: For all prompts, or for each.
             session_ids: For each prompt the conversation that it goes on with (`Request.session_id`), or None.
+            session_ttl_s: How long these keep their slots (`Request.session_ttl_s`).
             progress: Draw a progress bar on standard error's terminal.
 
         Returns:
@@ -122,7 +126,7 @@ class LLM:
             InvalidRequest: A prompt or its parameters make no sense, and nothing was computed.
             DriverError, InvariantError: The engine is of no more use.
         """
-        requests = self._requests(_each(prompts), params, session_ids)
+        requests = self._requests(_each(prompts), params, session_ids, session_ttl_s)
         collected: dict[str, dict[int, SequenceUpdate]] = {request.request_id: {} for request in requests}
         waiting = list(reversed(requests))
         try:
@@ -144,6 +148,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         session_ids: Sequence[str | None] | None = None,
+        session_ttl_s: float | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer conversations, written as the model's own chat template says. See `generate`.
@@ -153,16 +158,9 @@ class LLM:
         Raises:
             ConfigError: The model has no chat template.
         """
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ConfigError("the model has no chat template; use generate")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        writer, tokenizer = ChatWriter(self.tokenizer), self.tokenizer
-        prompts: list[list[int]] = []
-        for conversation in conversations:
-            prompts.append([])
-            for piece in writer.pieces(conversation):  # type: ignore[arg-type]
-                prompts[-1] += tokenizer(piece, add_special_tokens=False).input_ids if isinstance(piece, str) else piece
-        return self.generate(prompts, params, session_ids=session_ids, progress=progress)
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = self._chat_tokens(conversations)
+        return self.generate(prompts, params, session_ids=session_ids, session_ttl_s=session_ttl_s, progress=progress)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamParams | None = None
@@ -201,6 +199,53 @@ class LLM:
         """End a session, wherever it is. See `Engine.forget_session`."""
         self.engine.forget_session(session_id)
 
+    def save_session(self, session_id: str, path: str | Path) -> None:
+        """Write a session to a file, wherever it is. See `Engine.save_session`."""
+        self.engine.save_session(session_id, path)
+
+    def load_session(self, session_id: str, path: str | Path, *, ttl_s: float | None = None) -> None:
+        """Begin a session with what a file holds. See `Engine.load_session`."""
+        self.engine.load_session(session_id, path, ttl_s=ttl_s)
+
+    def save_prompt(self, prompt: Prompt | Sequence[Message], path: str | Path) -> int:
+        """Compute a prompt and write it to a file, from which `load_prompt` takes it: a system prompt, most often.
+
+        Args:
+            prompt: A text, tokens, or the messages that a conversation begins with, written as `chat` writes them.
+            path: The file; one of that name is replaced.
+
+        Returns:
+            How many tokens it has.
+
+        Raises:
+            InvalidRequest: It makes no sense, or it has fewer tokens than are worth keeping (`prefix_min_tokens`).
+            ConfigError: No sessions are kept here (set `host_bytes`), or the model has no chat template.
+            RequestError: It could not be computed.
+            OutOfHostMemory, OutOfDiskSpace, FileError, DriverError: As `Engine.save_session`.
+            DriverError, InvariantError: The engine is of no more use.
+        """
+        self.engine.saved.require()
+        is_chat = bool(prompt) and isinstance(prompt[0], dict)
+        tokens = self._chat_tokens([prompt])[0] if is_chat else self._tokens(prompt)  # type: ignore[list-item, arg-type]
+        least = self.engine.config.prefix_min_tokens
+        if len(tokens) < least:
+            raise InvalidRequest(f"the prompt has {count(len(tokens), 'token')}; at least {least} are kept", "prompt")
+        session_id = new_request_id()
+        params = SamplingParams(temperature=0.0, max_tokens=1)
+        answer = self.generate([tokens], params, session_ids=[session_id], progress=False)[0].answers[0]
+        if answer.error is not None:
+            raise answer.error
+        try:
+            self.engine.save_session(session_id, path)
+        finally:
+            with suppress(UnknownSession):
+                self.engine.forget_session(session_id)
+        return len(tokens)
+
+    def load_prompt(self, path: str | Path) -> int:
+        """Let every prompt that begins as a saved one does begin with its rows. See `Engine.load_prompt`."""
+        return self.engine.load_prompt(path)
+
     def stats(self) -> EngineStats:
         """Return one snapshot of the engine."""
         return self.engine.snapshot()
@@ -222,6 +267,7 @@ class LLM:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         session_ids: Sequence[str | None] | None,
+        session_ttl_s: float | None,
     ) -> list[Request]:
         if params is None or isinstance(params, SamplingParams):
             each = [params or SamplingParams()] * len(prompts)
@@ -236,12 +282,25 @@ class LLM:
         if len(names) != len(prompts):
             raise InvalidRequest(f"{len(names)} sessions were named for {len(prompts)} prompts", "session_ids")
         requests = [
-            Request(self._tokens(prompt), p, session_id=name)
+            Request(self._tokens(prompt), p, session_id=name, session_ttl_s=None if name is None else session_ttl_s)
             for prompt, p, name in zip(prompts, each, names, strict=True)
         ]
         for request in requests:
             self.engine.check(request)
         return requests
+
+    def _chat_tokens(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Write conversations as the chat template does, each up to where its answer begins."""
+        tokenizer = self.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise ConfigError("the model has no chat template; use generate")
+        writer = ChatWriter(tokenizer)
+        prompts: list[list[int]] = []
+        for conversation in conversations:
+            prompts.append([])
+            for piece in writer.pieces(conversation):
+                prompts[-1] += tokenizer(piece, add_special_tokens=False).input_ids if isinstance(piece, str) else piece
+        return prompts
 
     def _with_text(self, beam: Beam) -> Beam:
         if self.tokenizer is None:

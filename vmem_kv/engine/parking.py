@@ -4,14 +4,22 @@
     begin    again: the rows come back from there, and nothing is computed twice
     end      the host copy goes
 
-The host copy stays while the sequence runs, as a spare: paused again, only what was added since is moved. Where host
-memory is spent, sessions that wait there go to disk; where that does not suffice, or a copy fails, the sequence is
-computed again, which gives the same tokens.
+Nobody waits for copies; in every step what has passed is taken up:
 
-Guarantees: rows are restored for the tokens that they were computed for. After any failure but a lost device the
-sequence has a slot, or waits, as if it had never been parked.
-Assumptions: one thread, but for `tiers`. All that a sequence keeps is in its slot, from its first token on. Copies are
-waited for.
+    running ──pause──▶ leaving ──passed──▶ parked ──begin──▶ arriving ──passed──▶ running
+                       the slot is kept,   a host copy       a slot, in `Arrivals`
+                       its pages come
+
+A sequence that leaves or arrives is in the scheduler's queue, without a slot of its own. While it leaves it does not
+begin. Where it ends on the way, what is on its way passes all the same, and then everything goes back.
+
+The host copy stays while the sequence runs, as a spare: paused again, only what was added since is moved. Where host
+memory is spent, sessions that wait there go to disk, and the sequence leaves when they have gone; where that does not
+suffice, or a copy fails, the sequence is computed again, which gives the same tokens.
+
+Guarantees: rows are restored for the tokens that they were computed for. No page of a slot comes free before its rows
+have been read. After any failure but a lost device the sequence has a slot, or waits, as if it had never been parked.
+Assumptions: one thread, but for `tiers`. All that a sequence keeps is in its slot, from its first token on.
 """
 
 from __future__ import annotations
@@ -19,19 +27,42 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
+from dataclasses import dataclass
 
+from vmem_kv.engine.arrivals import Arrivals
 from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.moves import Carriers, Moves
 from vmem_kv.engine.request import Sequence
 from vmem_kv.engine.session_slots import SessionSlots
-from vmem_kv.engine.slot_source import Start
+from vmem_kv.engine.slot_source import SlotSource, Start
 from vmem_kv.engine.slots_over import SlotsOver
 from vmem_kv.engine.tier_stats import TierFigures
-from vmem_kv.errors import CapacityError, DriverError, FileError, OutOfHostMemory, OutOfSlots, UsageError, VmemError
+from vmem_kv.errors import (
+    CapacityError,
+    DriverError,
+    FileError,
+    InvariantError,
+    OutOfHostMemory,
+    UsageError,
+    VmemError,
+)
 from vmem_kv.growth import SlotId
 from vmem_kv.tiers.copies import HostCopy
-from vmem_kv.tiers.host import HostTier
+from vmem_kv.tiers.host import HostTier, Parking
+from vmem_kv.tiers.moving import is_over
 
 _LOG = logging.getLogger("vmem_kv")
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A sequence that has lost its slot, which is kept until its rows are in host memory."""
+
+    copy: HostCopy
+    slot_id: SlotId
+    tokens: list[int]
+    parking: Parking | None = None  # None: host memory for it comes when sessions have gone to disk
+    is_wanted: bool = True  # not since the sequence has ended
 
 
 class ParkingSlots(SlotsOver):
@@ -39,32 +70,62 @@ class ParkingSlots(SlotsOver):
 
     Args:
         inner: The source below.
+        sessions: The part of it that keeps sessions, which give way in host memory.
         memory: Where the slots are.
         host: Host memory, which sessions use as well; closed with this.
+        moves: What is on its way, for the scheduler.
+        carriers: Who makes copies; closed with this.
         min_tokens: Fewer are computed again: that costs less than moving them.
     """
 
-    def __init__(self, inner: SessionSlots, memory: SlotMemory, host: HostTier, *, min_tokens: int) -> None:
+    def __init__(
+        self,
+        inner: SlotSource,
+        sessions: SessionSlots,
+        memory: SlotMemory,
+        host: HostTier,
+        moves: Moves,
+        carriers: Carriers,
+        *,
+        min_tokens: int,
+    ) -> None:
         super().__init__(inner)
-        self._sessions = inner
+        self._sessions = sessions
         self._memory = memory
         self._host = host
+        self._moves = moves
+        self._carriers = carriers
         self._min_tokens = min_tokens
         self._copies: dict[Sequence, HostCopy] = {}
+        self._leaving: dict[Sequence, _Leaving] = {}
+        self._arrivals = Arrivals(self, memory, host, moves)
         self._n_parked = self._n_restored = self._n_refused = 0
-        self._n_changes_shown = inner.n_changes
+        self._n_changes_shown = sessions.n_changes
         self._shown = self._look()
 
-    def begin(self, sequence: Sequence, expected_tokens: int) -> Start:
-        start = self._restore(sequence, expected_tokens) or self._inner.begin(sequence, expected_tokens)
+    def begin(self, sequence: Sequence, expected_tokens: int) -> Start | None:
+        if sequence in self._leaving:
+            return None
+        copy = self._copies.get(sequence)
+        if copy is None or not self._is_best(copy, sequence):
+            start = self._arrivals.begin_below(self._inner, sequence, expected_tokens)
+        else:
+            start = self._restore(copy, sequence, expected_tokens)
         self._show()
         return start
 
     def pause(self, sequence: Sequence) -> None:
+        leaving = None
         try:
-            self._park(sequence)
+            leaving = self._leave(sequence)
         finally:
-            self._inner.pause(sequence)
+            if leaving is None:
+                self._inner.pause(sequence)
+            else:
+                self._inner.keep(sequence)
+                self._leaving[sequence] = leaving
+                self._moves.leaving.add(leaving.slot_id)
+            self._settle()
             self._show()
 
     def end(self, sequences: SequenceOf[Sequence], *, is_sound: bool = True) -> None:
@@ -72,14 +133,35 @@ class ParkingSlots(SlotsOver):
             self._inner.end(sequences, is_sound=is_sound)
         finally:
             for sequence in sequences:
-                self._drop(sequence)
+                self._arrivals.drop(sequence)
+                if sequence in self._leaving:
+                    self._leaving[sequence].is_wanted = False
+                else:
+                    self._drop(sequence)
+            self._settle()
             self._show()
 
     def settle(self) -> None:
         self._inner.settle()
         self._host.poll()
-        if self._sessions.n_changes != self._n_changes_shown:
+        self._settle()
+        if self._sessions.n_changes != self._n_changes_shown or self._shown.n_moving != len(self._moves):
             self._show()
+
+    def is_coming(self, sequence: Sequence) -> bool:
+        return sequence not in self._arrivals and self._inner.is_coming(sequence)
+
+    def n_live_pages(self, sequence: Sequence, expected_tokens: int) -> int:
+        return self._arrivals.n_pages(sequence) or self._inner.n_live_pages(sequence, expected_tokens)
+
+    def make_room(self, n_pages: int) -> bool:
+        while not self._inner.make_room(n_pages):
+            if not self._arrivals.drop_one():
+                return False
+        return True
+
+    def give_way(self, n_pages: int) -> bool:
+        return self._inner.give_way(n_pages) or self._arrivals.drop_one()
 
     def tiers(self) -> TierFigures:
         return self._shown
@@ -87,92 +169,127 @@ class ParkingSlots(SlotsOver):
     def check(self) -> None:
         self._inner.check()
         self._host.check()
+        stray = self._moves.leaving.difference(self._memory.cache.active_slots())
+        kept = {leaving.slot_id for leaving in self._leaving.values()}
+        if stray or not kept <= self._moves.leaving & self.cached_slots():
+            raise InvariantError(f"slots {sorted(stray)} leave, and belong to nobody; {sorted(kept)} are kept")
 
     def close(self) -> None:
         with ExitStack() as stack:
+            stack.callback(self._carriers.close)
             stack.callback(self._close_host)
             stack.callback(self._inner.close)
             for sequence in list(self._copies):
-                self._drop(sequence)
+                stack.callback(self._drop, sequence)
+            stack.callback(self._arrivals.close)
+            for sequence in list(self._leaving):
+                stack.callback(self._arrive_below, sequence)
 
-    # Below: one sequence
+    # Below: a sequence that leaves
 
-    def _park(self, sequence: Sequence) -> None:
-        """Bring the host copy up to date with a running sequence, if that can be."""
+    def _leave(self, sequence: Sequence) -> _Leaving | None:
+        """Begin to bring the host copy up to date with a running sequence; None where that cannot be."""
         slot_id, n_tokens = sequence.slot_id, sequence.n_computed
         if slot_id is None or n_tokens < self._min_tokens:
-            return
-        copy = self._copies.setdefault(sequence, self._host.new_copy(self._memory.cache.layout))
-        tokens = sequence.token_ids[:n_tokens]
+            return None
+        copy = self._copy_of(sequence)
+        leaving = _Leaving(copy, slot_id, sequence.token_ids[:n_tokens])
         try:
             self._memory.cut(slot_id, n_tokens)
-            self._copy_out(copy, slot_id, tokens)
+            self._launch(leaving)
         except (CapacityError, DriverError, FileError) as error:
-            _require_device(error)
-            self._n_refused += 1
-            _LOG.info("%r is not parked: %s", sequence, error)
-            return
-        copy.is_spare = False  # its slot goes
-        self._n_parked += 1
-
-    def _copy_out(self, copy: HostCopy, slot_id: SlotId, tokens: list[int]) -> None:
-        host, layout = self._host, self._memory.cache.layout
-        is_hopeless = host.frames.n_frames_for(len(tokens) * layout.token_bytes) > host.frames.max_frames
-        while True:
-            try:
-                host.copy_out(copy, self._memory.cache, slot_id, tokens)
-                return
-            except OutOfHostMemory:
-                if is_hopeless or not self._sessions.make_host_room():
-                    raise
-
-    def _restore(self, sequence: Sequence, expected_tokens: int) -> Start | None:
-        """Begin a sequence with its host copy; None where there is none, others have as much, or it fails."""
-        copy = self._copies.get(sequence)
-        if copy is None or not copy.n_tokens:
+            self._refuse(sequence, "parked", error)
             return None
-        if self._inner.n_found_tokens(sequence) >= copy.n_tokens:
-            copy.is_spare = True
-            return None
-        try:
-            slot_id = self._fill(copy, sequence, expected_tokens)
-        except (CapacityError, DriverError) as error:
-            _require_device(error)
-            self._n_refused += 1
-            _LOG.info("%r is not restored: %s", sequence, error)
+        return leaving
+
+    def _copy_of(self, sequence: Sequence) -> HostCopy:
+        """A sequence's host copy, or a new one where what it had is still being read in vain."""
+        self._host.poll()
+        if sequence in self._copies and self._copies[sequence].n_readers:
             self._drop(sequence)
-            return None
-        self._n_restored += 1
-        self._inner.go_on(sequence, slot_id, copy.n_tokens)
-        return Start(slot_id, copy.n_tokens)
+        return self._copies.setdefault(sequence, self._host.new_copy(self._memory.cache.layout))
 
-    def _fill(self, copy: HostCopy, sequence: Sequence, expected_tokens: int) -> SlotId:
-        """Return a new slot with a copy's rows."""
-        memory = self._memory
-        slot_id = self._acquire(max(expected_tokens, copy.n_tokens), sequence.request.domain)
-        try:
-            lengths = {slot_id: copy.n_tokens}
-            self.make_room(memory.n_missing_pages(lengths))
-            memory.grow(lengths)
-            memory.cut(slot_id, 0)  # mapped, and without tokens
-            self._host.restore(copy, memory.cache, slot_id)
-        except BaseException:
-            memory.retire([slot_id])
-            raise
-        return slot_id
-
-    def _acquire(self, expected_tokens: int, domain: str) -> SlotId:
-        while True:
+    def _launch(self, leaving: _Leaving) -> None:
+        """Begin to copy, or to make room for it in host memory: then it is tried again."""
+        host, layout = self._host, self._memory.cache.layout
+        is_hopeless = host.frames.n_frames_for(len(leaving.tokens) * layout.token_bytes) > host.frames.max_frames
+        while leaving.parking is None:
             try:
-                return self._memory.acquire(expected_tokens, domain)
-            except OutOfSlots:
-                if not self.give_way(1):
+                leaving.parking = host.begin_copy(leaving.copy, self._memory.cache, leaving.slot_id, leaving.tokens)
+                self._moves.note(leaving.parking)
+            except OutOfHostMemory:
+                if is_hopeless or not (self._sessions.is_making_host_room or self._sessions.make_host_room()):
                     raise
+                if self._sessions.is_making_host_room:
+                    return
+
+    def _settle(self) -> None:
+        """Take up what has passed.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+        self._arrivals.settle()
+        for sequence, leaving in list(self._leaving.items()):
+            is_waiting = leaving.parking is None and leaving.is_wanted  # for host memory
+            if is_waiting:
+                try:
+                    self._launch(leaving)
+                    is_waiting = leaving.parking is None
+                except (CapacityError, DriverError, FileError) as error:
+                    self._refuse(sequence, "parked", error)
+                    is_waiting = False
+            if not is_waiting and (leaving.parking is None or is_over(leaving.parking)):
+                self._arrive_below(sequence)
+        self._moves.poll()
+
+    def _arrive_below(self, sequence: Sequence) -> None:
+        """Give a slot back whose rows are in host memory, or are not wanted there. What is on its way is waited for."""
+        leaving = self._leaving.pop(sequence)
+        try:
+            if leaving.parking is not None:
+                leaving.parking.finish()
+                leaving.copy.is_spare = False  # its slot goes
+                self._n_parked += 1
+        except DriverError as error:
+            self._refuse(sequence, "parked", error)
+        finally:
+            self._moves.leaving.discard(leaving.slot_id)
+            self._inner.give_back(leaving.slot_id)
+            if not leaving.is_wanted:
+                self._drop(sequence)
+
+    # One that comes back
+
+    def _is_best(self, copy: HostCopy, sequence: Sequence) -> bool:
+        """Whether a sequence is to begin with its host copy: others have less of it."""
+        if sequence in self._arrivals:
+            return True
+        copy.is_spare = self._inner.n_found_tokens(sequence) >= copy.n_tokens
+        return not copy.is_spare
+
+    def _restore(self, copy: HostCopy, sequence: Sequence, expected_tokens: int) -> Start | None:
+        """Begin a sequence with its host copy, or anew where that fails; None where either is coming."""
+        try:
+            start = self._arrivals.bring(sequence, copy, copy.n_tokens, expected_tokens)
+        except (CapacityError, DriverError) as error:
+            self._refuse(sequence, "restored", error)
+            self._drop(sequence)
+            return self._arrivals.begin_below(self._inner, sequence, expected_tokens)
+        if start is not None:
+            self._n_restored += 1
+            self._inner.go_on(sequence, *start)
+        return start
 
     def _drop(self, sequence: Sequence) -> None:
         copy = self._copies.pop(sequence, None)
         if copy is not None:
             self._host.drop_when_quiet(copy)
+
+    def _refuse(self, sequence: Sequence, what: str, error: VmemError) -> None:
+        _require_device(error)
+        self._n_refused += 1
+        _LOG.info("%r is not %s: %s", sequence, what, error)
 
     def _close_host(self) -> None:
         try:
@@ -196,6 +313,7 @@ class ParkingSlots(SlotsOver):
             n_parked=self._n_parked,
             n_restored=self._n_restored,
             n_refused=self._n_refused,
+            n_moving=len(self._moves),
         )
 
 

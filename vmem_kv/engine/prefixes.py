@@ -98,8 +98,12 @@ class PrefixSlots(SlotSource):
 
     def go_on(self, sequence: Sequence, slot_id: SlotId, n_tokens: int) -> None:
         self._n_begun += 1
-        if slot_id in self._index and n_tokens < self._index[slot_id].n_tokens:
-            self._index.truncate(slot_id, n_tokens, self._memory.n_mapped_pages(slot_id))
+        n_pages = self._memory.n_mapped_pages(slot_id)
+        if slot_id not in self._index and n_tokens >= self._min_tokens:  # which others can begin with at once
+            known = sequence.token_ids[:n_tokens]
+            self._index.insert(sequence.request.domain, known, slot_id, n_pages, is_pinned=True)
+        elif slot_id in self._index and n_tokens < self._index[slot_id].n_tokens:
+            self._index.truncate(slot_id, n_tokens, n_pages)
         self._enter(sequence, slot_id, Use(n_tokens, 0))
 
     def n_found_tokens(self, sequence: Sequence) -> int:
@@ -143,12 +147,9 @@ class PrefixSlots(SlotSource):
         retiring: list[SlotId] = []
         for slot_id in [s.slot_id for s in sequences if s.slot_id is not None]:
             self._leave(slot_id, is_sound=is_sound)
-            if slot_id in self._index and is_sound and not self._is_redundant(slot_id):
-                self._pages.slot_ids.add(slot_id)
-                self._index.unpin(slot_id)
+            if is_sound and self._leave_cached(slot_id):
                 continue
-            if slot_id in self._index:
-                self._index.remove(slot_id)
+            self._forget(slot_id)
             retiring.append(slot_id)
         if retiring:
             self._memory.retire(retiring)
@@ -162,9 +163,14 @@ class PrefixSlots(SlotSource):
         self._show()
 
     def let_go(self, slot_id: SlotId) -> None:
-        self._pages.slot_ids.discard(slot_id)
-        if slot_id in self._index:
-            self._index.remove(slot_id)
+        self._forget(slot_id)
+        self._show()
+
+    def give_back(self, slot_id: SlotId) -> None:
+        if not self._leave_cached(slot_id):
+            self._forget(slot_id)
+            self._memory.retire([slot_id])
+        self._index.fit(self._give_up)
         self._show()
 
     # Room
@@ -295,6 +301,19 @@ class PrefixSlots(SlotSource):
         elif len(computed) >= self._min_tokens:
             domain = sequence.request.domain
             self._index.insert(domain, computed, slot_id, n_pages, built_on=use, is_pinned=True)
+
+    def _leave_cached(self, slot_id: SlotId) -> bool:
+        """Leave a slot that nobody has any more to the cache, where it is worth it; return whether it was."""
+        if slot_id not in self._index or self._is_redundant(slot_id):
+            return False
+        self._pages.slot_ids.add(slot_id)
+        self._index.unpin(slot_id)
+        return True
+
+    def _forget(self, slot_id: SlotId) -> None:
+        self._pages.slot_ids.discard(slot_id)
+        if slot_id in self._index:
+            self._index.remove(slot_id)
 
     def _is_redundant(self, slot_id: SlotId) -> bool:
         """Whether other entries have all of an entry's tokens."""

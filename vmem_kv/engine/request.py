@@ -20,6 +20,11 @@ MAX_SESSION_CHARACTERS = 256
 """Of a session's name."""
 
 
+def is_session_id(name: object) -> bool:
+    """Whether a session can be called so."""
+    return isinstance(name, str) and 0 < len(name) <= MAX_SESSION_CHARACTERS
+
+
 def new_request_id() -> str:
     """Return a name that nobody else has: 128 random bits. Clients never choose it."""
     return secrets.token_hex(16)
@@ -39,6 +44,8 @@ class Request:
         session_id: The name of a conversation. Its sequence is kept when the request has ended, and the next request
             of that name and domain goes on in it, as far as its prompt begins with the same tokens. Without host memory
             (`EngineConfig.host_bytes`) it means nothing.
+        session_ttl_s: How long the session keeps its slot after this request, where nobody asks for it: at most
+            `EngineConfig.max_session_ttl_s`; default: `EngineConfig.session_ttl_s`.
         request_id: Made by us, never by a client.
     """
 
@@ -47,6 +54,7 @@ class Request:
     priority: int = 0
     domain: str = ""
     session_id: str | None = None
+    session_ttl_s: float | None = None
     request_id: str = field(default_factory=new_request_id)
 
 

@@ -4,6 +4,10 @@
        ▲                  │
        └────preempt───────┘        its slot goes back; what is not kept then is computed again later
 
+What goes to host memory or comes from there is on its way for some steps (moves.py). Pages that come free then count
+when it is decided who may run, but nobody is computed before his are there; the others are. Where nobody can be, the
+step waits for the oldest copy on its way, `WAIT_S` at most.
+
 Guarantees
   * Every decision about room is made in pages, before anything is mapped.
   * Order is priority, then arrival. Decoding sequences go first in a step; what is left of the token budget goes to
@@ -12,7 +16,8 @@ Guarantees
     only, by the last of the order first.
   * What is only cached makes room before anybody loses a slot (slot_source.py).
   * Progress: the first of the running sequences is never preempted, and a sequence that could not run with all memory
-    for itself is not accepted (engine.py). So the first one always computes, ends, and makes the next one first.
+    for itself is not accepted (engine.py). So the first one always computes, at the latest when everything has passed
+    that is on its way, ends, and makes the next one first.
 
 Assumes: one thread.
 """
@@ -25,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vmem_kv.engine.memory import SlotMemory
+from vmem_kv.engine.moves import Moves
 from vmem_kv.engine.request import Rank, Sequence
 from vmem_kv.engine.slot_source import SlotSource
 from vmem_kv.errors import DriverError, OutOfSlots, VmemError
@@ -33,6 +39,9 @@ from vmem_kv.growth import SlotId
 HEADROOM_TOKENS = 32
 """Beside others, a sequence starts only where it and they can also grow by so much: else one that starts would soon
 be preempted, and all of its work lost. A trade: more of it leaves memory unused under pressure."""
+
+WAIT_S = 0.1
+"""The longest that a step waits for what is on its way, so that others than sequences are seen to, too."""
 
 
 class Chunk(NamedTuple):
@@ -104,6 +113,7 @@ class Scheduler:
     Args:
         memory: Where the slots are.
         slots: Where a sequence gets its slot from.
+        moves: What is on its way between the tiers.
         max_num_seqs: The most sequences that run together.
         max_batch_tokens: The most tokens of a step.
         forget: Told of every preempted sequence: whatever else is kept of it beside its slot is void.
@@ -113,6 +123,7 @@ class Scheduler:
         self,
         memory: SlotMemory,
         slots: SlotSource,
+        moves: Moves,
         max_num_seqs: int,
         max_batch_tokens: int,
         forget: Callable[[Sequence], None],
@@ -120,6 +131,7 @@ class Scheduler:
         self._forget = forget
         self._memory = memory
         self._slots = slots
+        self._moves = moves
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._waiting = _Waiting()
@@ -167,7 +179,7 @@ class Scheduler:
                 sequence.slot_id = None
 
     def schedule(self, *, may_admit: bool = True) -> StepPlan:
-        """Choose the next step's tokens, so that their pages can be mapped.
+        """Choose the next step's tokens, so that their pages can be mapped. None, where all of it has to wait.
 
         Args:
             may_admit: Whether waiting sequences may start.
@@ -175,20 +187,9 @@ class Scheduler:
         Raises:
             DriverError: The device is lost.
         """
-        self._slots.settle()
-        running = self.running()
-        plan, n_left = self._share_out(running)
-        was_preempted = False
-        while len(running) > 1 and not self._has_room(plan):
-            self.preempt(running.pop())
-            was_preempted = True
-            plan, n_left = self._share_out(running)
-        if was_preempted or not may_admit:
-            return plan
-        admitted = self._admit(running, n_left)
-        if admitted:
-            plan = StepPlan((*plan.chunks, *admitted))
-            self._has_room(plan)
+        plan = self._choose(may_admit=may_admit)
+        if not plan.chunks and self.has_work and self._moves.wait(WAIT_S):
+            plan = self._choose(may_admit=may_admit)
         return plan
 
     def preempt(self, sequence: Sequence) -> None:
@@ -212,8 +213,10 @@ class Scheduler:
         Schedule without admitting then, or the same sequence could start again and again.
 
         Returns:
-            Whether there was anything cached to give up, or anybody to preempt beside the first.
+            Whether there was anything to wait for, anything cached to give up, or anybody to preempt beside the first.
         """
+        if self._moves.leaving and self._moves.wait(WAIT_S):
+            return True
         if self._slots.give_way(max(1, self._memory.n_missing_pages(plan.lengths))):
             return True
         running = self.running()
@@ -222,13 +225,46 @@ class Scheduler:
         self.preempt(running[-1])
         return True
 
-    def _start(self, sequence: Sequence, n_promised: int) -> None:
-        """Give a slot to a sequence that fits beside `n_promised` pages."""
+    def _choose(self, *, may_admit: bool) -> StepPlan:
+        self._slots.settle()
+        running = self.running()
+        plan, n_left = self._share_out(running)
+        was_preempted = False
+        while not self._has_room(plan) and len(running) > 1:
+            self.preempt(running.pop())
+            was_preempted = True
+            plan, n_left = self._share_out(running)
+        if was_preempted or not may_admit:
+            return self._without_waiting(plan)
+        admitted = self._admit(running, n_left)
+        if admitted:
+            plan = StepPlan((*plan.chunks, *admitted))
+            self._has_room(plan)
+        return self._without_waiting(plan)
+
+    def _without_waiting(self, plan: StepPlan) -> StepPlan:
+        """Leave out whose pages are on their way still."""
+        memory = self._memory
+        n_left = memory.n_available_pages()
+        if not self._moves.leaving or memory.n_missing_pages(plan.lengths) <= n_left:
+            return plan
+        chunks: list[Chunk] = []
+        for chunk in plan.chunks:
+            n_missing = memory.n_missing_pages({chunk.slot_id: chunk.end})
+            if n_missing <= n_left:
+                n_left -= n_missing
+                chunks.append(chunk)
+        return StepPlan(tuple(chunks))
+
+    def _start(self, sequence: Sequence, n_promised: int) -> bool:
+        """Give a slot to a sequence that fits beside `n_promised` pages; return whether it has it, or it is coming."""
         memory, slots = self._memory, self._slots
         expected = _comfortable_length(sequence)
         following = self._waiting.first()
         n_wanted = 0 if following is None else memory.n_pages(_comfortable_length(following))
         start = slots.begin(sequence, expected)
+        if start is None:
+            return False
         sequence.slot_id, sequence.n_computed = start
         n_left = slots.n_available_pages() - n_promised - memory.n_missing_pages(_comfortable(sequence))
         n_excess = memory.n_mapped_pages(start.slot_id) - memory.n_pages(expected)
@@ -236,13 +272,18 @@ class Scheduler:
             # A warm slot with more pages than its new owner needs, which others do need: take a cold one instead.
             slots.end([sequence])
             sequence.slot_id = None
+            sequence.n_computed = 0
             memory.reclaim()
-            sequence.slot_id, sequence.n_computed = slots.begin(sequence, expected)
+            start = slots.begin(sequence, expected)
+            if start is None:
+                return False
+            sequence.slot_id, sequence.n_computed = start
         if not sequence.n_preemptions:
             sequence.n_cached = min(sequence.n_computed, sequence.n_prompt)
         self.counts.n_recomputed_tokens += max(0, sequence.n_lost - sequence.n_computed)
         self._running[sequence.rank] = sequence
         self.counts.n_admitted += 1
+        return True
 
     def _share_out(self, running: list[Sequence]) -> tuple[StepPlan, int]:
         """Share out the token budget among the running; return the plan and what is left."""
@@ -257,14 +298,15 @@ class Scheduler:
         return StepPlan(tuple(chunks)), n_left
 
     def _has_room(self, plan: StepPlan) -> bool:
-        """Whether a plan's pages can be had. What is only cached is given up for them."""
+        """Whether a plan's pages can be had, at once or soon. What is only cached is given up for them."""
         n_missing = self._memory.n_missing_pages(plan.lengths)
         return not n_missing or self._slots.make_room(n_missing)
 
     def _admit(self, running: list[Sequence], n_left: int) -> list[Chunk]:
         """Start waiting sequences, in order, as long as the first of them fits.
 
-        Those pass that will soon begin with what a running one computes: it would be computed twice.
+        Those pass that will soon begin with what a running one computes: it would be computed twice. So do those whose
+        rows, slot or pages are coming; their share stays theirs.
         """
         chunks: list[Chunk] = []
         if n_left <= 0 or len(running) >= self._max_num_seqs or self._waiting.first() is None:
@@ -272,7 +314,8 @@ class Scheduler:
         memory = self._memory
         n_promised = memory.n_missing_pages(_comfortable(*running))
         passing: list[Sequence] = []
-        while n_left > 0 and len(self._running) < self._max_num_seqs and len(passing) < self._max_num_seqs:
+        n_coming = 0
+        while n_left > 0 and len(self._running) + n_coming < self._max_num_seqs and len(passing) < self._max_num_seqs:
             sequence = self._waiting.first()
             if sequence is None:
                 break
@@ -282,11 +325,11 @@ class Scheduler:
                 continue
             expected = _comfortable_length(sequence)
             n_pages = memory.n_pages(expected) - self._slots.n_live_pages(sequence, expected)
-            if self._running and n_promised + n_pages > self._slots.n_available_pages():
+            if (self._running or n_coming) and n_promised + n_pages > self._slots.n_available_pages():
                 break
             self._waiting.members.discard(sequence)
             try:
-                self._start(sequence, n_promised)
+                has_started = self._start(sequence, n_promised)
             except OutOfSlots as error:  # slots are left over that the driver did not let go of
                 if self._running:  # one of which will give its own
                     self._waiting.push(sequence)
@@ -297,6 +340,11 @@ class Scheduler:
                 if error.is_fatal:
                     raise
                 self.failed.append((sequence, error))
+                continue
+            if not has_started:
+                passing.append(sequence)
+                n_coming += 1
+                n_promised += n_pages
                 continue
             n_promised += memory.n_missing_pages(_comfortable(sequence))
             chunks.append(_chunk(sequence, min(sequence.n_to_compute, n_left)))

@@ -1,17 +1,18 @@
 """Where a sequence gets its slot from, and what becomes of it: the contract, and the plain way.
 
-    start = source.begin(sequence, n_tokens)   a slot, and how many of the sequence's tokens are in it already
+    start = source.begin(sequence, n_tokens)   a slot, and how many of the sequence's tokens are in it already;
+                                               or None, as long as they are on their way: ask again
     source.settle()                            once a step: what was computed meanwhile may be found by others
     source.pause(sequence)                     the slot goes back, and the sequence will begin again
     source.end(sequences, is_sound=...)        the slots go back for good
 
 `FreshSlots` here begins every sequence from nothing, `PrefixSlots` (prefixes.py) with what others have computed. Over
-either of them there may be `SessionSlots` (session_slots.py), which keeps slots by name between two requests, and over
-that `ParkingSlots` (parking.py), which keeps what paused sequences have computed in host memory. What there is is
-decided where the engine is built (tiers.py).
+either of them there may be `SessionSlots` (session_slots.py), which keeps slots by name between two requests, over that
+`PromptSlots` (prompt_slots.py), which has what was loaded from files, and over that `ParkingSlots` (parking.py), which
+keeps what paused sequences have computed in host memory. What there is is decided where the engine is built (tiers.py).
 
 A slot is *kept* where a sequence has ended in it and somebody above goes on having it: `keep` it, and then `go_on` in
-it, or `let_go` of it. Others may begin with what it holds meanwhile.
+it, `let_go` of it, or `give_back` what nobody reads any more. Others may begin with what it holds meanwhile.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ class Start(NamedTuple):
 class SlotSource(Protocol):
     """Gives slots to sequences that start, and takes those of sequences that end."""
 
-    def begin(self, sequence: Sequence, expected_tokens: int) -> Start:
+    def begin(self, sequence: Sequence, expected_tokens: int) -> Start | None:
         """Return a slot for a sequence without one. Maps nothing that was not mapped, but for a copied tail.
+
+        None: what the sequence will begin with, or a slot or pages for it, are on their way, and nothing of it is the
+        caller's. He asks again when they may have passed, or ends the sequence.
 
         Args:
             sequence: Which one. Its `slot_id` and `n_computed` are the caller's to set.
@@ -91,6 +95,13 @@ class SlotSource(Protocol):
     def let_go(self, slot_id: SlotId) -> None:
         """Forget a kept slot, which the caller retires, or has retired just now."""
 
+    def give_back(self, slot_id: SlotId) -> None:
+        """Take a kept slot, as `end` would have.
+
+        Raises:
+            DriverError: The device is lost.
+        """
+
     def n_found_tokens(self, sequence: Sequence) -> int:
         """How many of a waiting sequence's tokens `begin` would find."""
 
@@ -98,25 +109,26 @@ class SlotSource(Protocol):
         """Whether a running sequence, of earlier rank, computes now what this one could then begin with."""
 
     def n_live_pages(self, sequence: Sequence, expected_tokens: int) -> int:
-        """Pages that a waiting sequence would begin with and that running ones have anyway.
+        """Pages that a waiting sequence would begin with and that running ones have anyway, or that wait for it.
 
         Less those that it would begin with and not need soon, which it would keep from others.
         """
 
     def n_available_pages(self) -> int:
-        """Pages that growth could have now, with what is only cached and kept."""
+        """Pages that growth could have now, or when what leaves has passed, with what is only cached and kept."""
 
     def make_room(self, n_pages: int) -> bool:
         """Let so many pages be available to growth, and give up for it what is only cached.
 
-        Kept slots count as available; whoever keeps them gives them up.
+        Kept slots count as available; whoever keeps them gives them up. So do pages that come free when something has
+        passed (`Moves`): `SlotMemory.n_available_pages` says how many are there already.
 
         Returns:
             False: they are in use, even if nothing were cached. Nothing changed.
         """
 
     def give_way(self, n_pages: int) -> bool:
-        """Give up what is only cached until so many pages came free; return whether anything was given up."""
+        """Give up what is only cached until so many pages come free; return whether anything was given up."""
 
     def cached_slots(self) -> frozenset[SlotId]:
         """Slots of nobody who runs, kept for what they hold. May be called from any thread."""
@@ -175,6 +187,10 @@ class FreshSlots(SlotSource):
     def let_go(self, slot_id: SlotId) -> None:
         self._kept.slot_ids.discard(slot_id)
         self._show()
+
+    def give_back(self, slot_id: SlotId) -> None:
+        self.let_go(slot_id)
+        self._memory.retire([slot_id])
 
     def n_found_tokens(self, sequence: Sequence) -> int:
         return 0

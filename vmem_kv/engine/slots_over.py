@@ -25,7 +25,7 @@ class SlotsOver(SlotSource):
     def __init__(self, inner: SlotSource) -> None:
         self._inner = inner
 
-    def begin(self, sequence: Sequence, expected_tokens: int) -> Start:
+    def begin(self, sequence: Sequence, expected_tokens: int) -> Start | None:
         return self._inner.begin(sequence, expected_tokens)
 
     def settle(self) -> None:
@@ -45,6 +45,9 @@ class SlotsOver(SlotSource):
 
     def let_go(self, slot_id: SlotId) -> None:
         self._inner.let_go(slot_id)
+
+    def give_back(self, slot_id: SlotId) -> None:
+        self._inner.give_back(slot_id)
 
     def n_found_tokens(self, sequence: Sequence) -> int:
         return self._inner.n_found_tokens(sequence)

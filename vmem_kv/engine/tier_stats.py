@@ -22,6 +22,8 @@ class TierFigures:
         n_restored: Times that one came back from there.
         n_refused: Times that one was to be parked or restored and had to be computed again: for want of host memory,
             or because a copy failed.
+        n_moving: What is on its way now: copies between the device and host memory, each of one sequence, and files
+            that are written or read.
     """
 
     host: TierStats
@@ -32,6 +34,7 @@ class TierFigures:
     n_parked: int
     n_restored: int
     n_refused: int
+    n_moving: int
 
     @property
     def n_sessions_by_tier(self) -> dict[str, int]:

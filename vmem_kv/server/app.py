@@ -24,12 +24,13 @@ from vmem_kv.server.dashboard import History, dashboard_data, dashboard_page
 from vmem_kv.server.errors import ApiError, failure, from_engine
 from vmem_kv.server.gate import Gate
 from vmem_kv.server.readiness import readiness
-from vmem_kv.server.schemas import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk
+from vmem_kv.server.saved_sessions import delete, load, save, show
+from vmem_kv.server.schemas import ChatAsk, CompletionAsk, DetokenizeAsk, LoadAsk, SaveAsk, TokenizeAsk
 from vmem_kv.server.service import Service
 from vmem_kv.server.sessions import forget
 
 _SALTED = {"parameters": [{"name": "cache_salt", "in": "query", "schema": {"type": "string"}}]}
-_BODIES: tuple[type[BaseModel], ...] = (ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk)
+_BODIES: tuple[type[BaseModel], ...] = (ChatAsk, CompletionAsk, DetokenizeAsk, LoadAsk, SaveAsk, TokenizeAsk)
 
 
 def build_app(service: Service, history: History) -> ASGIApp:
@@ -48,6 +49,7 @@ def build_app(service: Service, history: History) -> ASGIApp:
         redirect_slashes=False,
     )
     _add_generation(app, service)
+    _add_saved_sessions(app, service)
     _add_operation(app, service, history)
     _add_errors(app)
     _add_document(app)
@@ -102,6 +104,28 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(ask.model)
         with service.turn_to_encode():
             return {"prompt": await encoded(service.codec.decode(ask.tokens), request, service.limits)}
+
+
+def _add_saved_sessions(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/saved_sessions", openapi_extra=_SALTED)
+    async def saved_sessions(request: Request) -> dict[str, Any]:
+        """List what this client has saved, under one salt."""
+        return await show(service, request)
+
+    @app.post("/v1/saved_sessions", openapi_extra=_takes(SaveAsk))
+    async def save_session(request: Request) -> dict[str, Any]:
+        """Save a session that waits to a file on the server."""
+        return await save(service, request)
+
+    @app.post("/v1/saved_sessions/load", openapi_extra=_takes(LoadAsk))
+    async def load_session(request: Request) -> dict[str, Any]:
+        """Begin a session with one that was saved."""
+        return await load(service, request)
+
+    @app.delete("/v1/saved_sessions/{name:path}", openapi_extra=_SALTED)
+    async def delete_saved_session(request: Request, name: str) -> dict[str, Any]:
+        """Delete a saved session's file."""
+        return await delete(service, request, name)
 
 
 def _add_operation(app: FastAPI, service: Service, history: History) -> None:

@@ -38,6 +38,15 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
+    @property
+    def domains(self) -> list[str]:
+        """Everybody whose requests may come; one domain where there are no keys."""
+        return [_domain(index) for index in range(len(self._digests))] or [""]
+
+    def digest_of(self, domain: str) -> bytes:
+        """Return a key's digest by its domain, for what outlasts the order of keys; nothing where there are no keys."""
+        return dict(zip(self.domains, self._digests, strict=False)).get(domain, b"")
+
     def domain(self, path: str, authorization: Sequence[str]) -> str:
         """Return whose request it is.
 
@@ -63,7 +72,11 @@ class Keys:
         found = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them, always
         if not any(found):
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", headers=headers)
-        return f"key-{found.index(True)}"
+        return _domain(found.index(True))
+
+
+def _domain(index: int) -> str:
+    return f"key-{index}"
 
 
 def _key_of(authorization: Sequence[str], is_browser: bool) -> str:

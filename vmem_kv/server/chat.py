@@ -28,10 +28,12 @@ async def chat(service: Service, http: HttpRequest) -> Response:
     ask = await read_model(http, ChatAsk, service.limits)
     service.check_model(ask.model)
     service.check_n(ask.n or 1)
+    service.check_session_ttl(ask.session_ttl)
     params = ask.sampling_params()
     with service.place(params.n):
         tokens = await encoded(service.codec.encode_chat(ask.messages), http, service.limits)
-        request = Request(tokens, params, domain=ask.sharing_domain(record.domain), session_id=ask.session_id)
+        domain = ask.sharing_domain(record.domain)
+        request = Request(tokens, params, domain=domain, session_id=ask.session_id, session_ttl_s=ask.session_ttl)
         asked = Asked(service, [request], record, "messages")
     shape = _Shape(asked, ask)
     if ask.stream:

@@ -29,11 +29,15 @@ async def complete(service: Service, http: HttpRequest) -> Response:
     ask = await read_model(http, CompletionAsk, service.limits)
     service.check_model(ask.model)
     service.check_n(ask.n or 1)
+    service.check_session_ttl(ask.session_ttl)
     params = ask.sampling_params()
     domain = ask.sharing_domain(record.domain)
     with service.place(params.n * len(ask.prompts())):
         prompts, echoes = await encoded(_prompts(service.codec, ask), http, service.limits)
-        requests = [Request(tokens, params, domain=domain, session_id=ask.session_id) for tokens in prompts]
+        requests = [
+            Request(tokens, params, domain=domain, session_id=ask.session_id, session_ttl_s=ask.session_ttl)
+            for tokens in prompts
+        ]
         asked = Asked(service, requests, record, "prompt")
     shape = _Shape(asked, ask, requests, echoes)
     if ask.stream:

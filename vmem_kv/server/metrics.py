@@ -148,6 +148,8 @@ def _tier_metrics(tiers: TierFigures) -> Iterator[Metric]:
     for tier, n in tiers.n_sessions_by_tier.items():
         sessions.add_metric([tier], n)
     yield sessions
+    moves = ("What is on its way between the device, host memory and disk.", tiers.n_moving)
+    yield from _each(GaugeMetricFamily, "", {"tier_moves": moves})
     counters = {
         "parked_sequences": ("Times that a running sequence went to host memory.", tiers.n_parked),
         "restored_sequences": ("Times that one came back from there.", tiers.n_restored),

@@ -29,6 +29,7 @@ from vmem_kv.engine.sampling_params import (
     SamplingParams,
 )
 from vmem_kv.server.errors import UNSUPPORTED, invalid
+from vmem_kv.server.session_folder import MAX_SAVED_NAME, is_saved_name
 
 T = TypeVar("T")
 INT64_MAX = 2**63 - 1
@@ -77,6 +78,7 @@ Prompt = Annotated[
     Discriminator(_kind),
 ]
 SessionName = Annotated[str, Field(min_length=1, max_length=MAX_SESSION_CHARACTERS)]
+SessionTtl = Annotated[float, Field(ge=0.0)]  # how much is too much is the engine's to say
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     Annotated[StopText, Tag("<string>")]
@@ -125,6 +127,36 @@ class SessionAsk(_Sharing):
     session_id: SessionName
 
 
+class ListAsk(_Sharing):
+    """Saved sessions, by what stands in a query."""
+
+
+class SavedAsk(ListAsk):
+    """A saved session, by what stands in a path and in its query."""
+
+    name: str
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not is_saved_name(name):
+            text = f"expected 1 to {MAX_SAVED_NAME} letters, digits, '-' or '_', the first of them a letter or a digit."
+            raise invalid(f"Invalid 'name': {text}", "name")
+        return name
+
+
+class SaveAsk(SavedAsk):
+    """POST /v1/saved_sessions."""
+
+    session_id: SessionName
+
+
+class LoadAsk(SaveAsk):
+    """POST /v1/saved_sessions/load."""
+
+    session_ttl: SessionTtl | None = None
+
+
 class Asking(_Sharing):
     """What both endpoints take."""
 
@@ -148,6 +180,7 @@ class Asking(_Sharing):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     session_id: SessionName | None = None
+    session_ttl: SessionTtl | None = None
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     metadata: Annotated[
         dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None,
@@ -170,6 +203,8 @@ class Asking(_Sharing):
 
     @model_validator(mode="after")
     def _check_together(self) -> Asking:
+        if self.session_ttl is not None and self.session_id is None:
+            raise invalid("'session_ttl' is only allowed when 'session_id' is specified.", "session_ttl")
         if self.stream_options is not None and not self.stream:
             text = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
             raise invalid(text, "stream_options")

@@ -15,6 +15,7 @@ from vmem_kv.server.auth import Hosts, Keys
 from vmem_kv.server.errors import ApiError, from_engine, invalid
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.metrics import Metrics
+from vmem_kv.server.session_folder import SessionFolder
 from vmem_kv.server.text import TextCodec
 
 
@@ -69,6 +70,7 @@ class Service:
         keys: Who may ask.
         hosts: By which names.
         metrics: What is counted.
+        folder: Where clients may save sessions; None for nowhere.
         streams: Those that are being read.
         coming: What will be submitted soon.
         created_s: When it began to serve, as OpenAI's models have it.
@@ -81,6 +83,7 @@ class Service:
     keys: Keys
     hosts: Hosts
     metrics: Metrics
+    folder: SessionFolder | None = None
     streams: set[AnswerStream] = field(default_factory=set)
     coming: Coming = field(default_factory=Coming)
     created_s: int = field(default_factory=lambda: int(time()))
@@ -122,6 +125,17 @@ class Service:
         if n > max_n:
             text = f"integer above maximum value. Expected a value <= {max_n}, but got {n} instead."
             raise invalid(f"Invalid 'n': {text}", "n", "integer_above_max_value")
+
+    def check_session_ttl(self, ttl_s: float | None) -> None:
+        """Check that a session may keep its slot for so long.
+
+        Raises:
+            ApiError: 400.
+        """
+        longest_s = self.engine.engine.config.longest_session_ttl_s
+        if ttl_s is not None and not ttl_s <= longest_s:
+            text = f"decimal above maximum value. Expected a value <= {longest_s:g}, but got {ttl_s:g} instead."
+            raise invalid(f"Invalid 'session_ttl': {text}", "session_ttl", "decimal_above_max_value")
 
     def check_model(self, name: str | None) -> None:
         """Check that a client means this model. None means: whichever there is.

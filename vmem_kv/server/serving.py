@@ -19,8 +19,10 @@ from vmem_kv.server.auth import Hosts, Keys
 from vmem_kv.server.limits import Limits
 from vmem_kv.server.log import check_level, log_config, note
 from vmem_kv.server.metrics import Metrics
+from vmem_kv.server.preload import Preload
 from vmem_kv.server.run import Server, leave_at_once
 from vmem_kv.server.service import Service
+from vmem_kv.server.session_folder import SessionFolder
 from vmem_kv.server.text import TextCodec
 
 
@@ -35,6 +37,8 @@ def serve_model(
     hosts: Hosts,
     listener: socket.socket,
     log_level: str = "info",
+    folder: SessionFolder | None = None,
+    preload: Preload | None = None,
     on_started: Callable[[], None] = lambda: None,
 ) -> int:
     """Serve a model in the main thread; return the process's exit code. A second signal ends the process itself.
@@ -49,16 +53,30 @@ def serve_model(
         hosts: By which names.
         listener: A socket from `run.bind`.
         log_level: One of debug, info, warning, error.
+        folder: Where clients may save sessions; None for nowhere.
+        preload: What to begin with.
         on_started: Called once connections are accepted.
 
     Raises:
         ConfigError: The model cannot be served this way.
+        VmemError: Something cannot be loaded.
     """
     check_level(log_level)
-    engine = AsyncEngine(Engine(model, tokenizer, config))
+    preload = preload or Preload()
+    preload.check(keys)
+    inner = Engine(model, tokenizer, config)
+    try:
+        preload.into(inner, keys)
+        if folder is not None:
+            inner.saved.require()
+            inner.saved.identity()  # every weight is read now, and not while a client waits
+    except BaseException:
+        inner.close()
+        raise
+    engine = AsyncEngine(inner)
     logging.config.dictConfig(log_config(log_level.upper()))
     codec = TextCodec(tokenizer, engine.engine.max_tokens_alone)
-    service = Service(engine, codec, name, limits, keys, hosts, Metrics(engine))
+    service = Service(engine, codec, name, limits, keys, hosts, Metrics(engine), folder)
     note(
         "starting",
         version=vmem_kv.__version__,
@@ -70,6 +88,9 @@ def serve_model(
         engine=asdict(config),
         limits=asdict(limits),
         has_keys=bool(keys),
+        n_loaded_sessions=len(preload.sessions),
+        n_loaded_prompts=len(preload.prompts),
+        saves_sessions=folder is not None,
     )
     engine.start()
     server = Server(service, listener)

@@ -18,9 +18,10 @@ Guarantees
 
 States of a copy: empty ─▶ being written ─▶ held ⇄ being read (by any number of restores); `drop` makes it empty.
 
-Assumptions: one thread calls the tier. Between `begin_park` and `finish` nobody steps the slot, and between
-`begin_restore` and `finish` nobody but what is launched later on the same stream. Token ids determine the rows: where
-something else does too (an adapter, an image), the caller keeps such sequences apart.
+Assumptions: one thread calls the tier, but for `rows` of a copy that is held or filled. Between `begin_park` and
+`finish` nobody steps the slot, and between `begin_restore` and `finish` nobody but what is launched later on the same
+stream. Token ids determine the rows: where something else does too (an adapter, an image), the caller keeps such
+sequences apart.
 """
 
 from __future__ import annotations
@@ -208,19 +209,48 @@ class HostTier:
             OutOfHostMemory: The budget or the system's memory is spent. Nothing changed but spare copies that went.
             UsageError: There are no tokens.
         """
+        copy = self.begin_filling(layout, tokens)
+        try:
+            yield copy
+        except BaseException:
+            self.end_filling(copy, is_good=False)
+            raise
+        self.end_filling(copy)
+
+    def begin_filling(self, layout: Layout, tokens: Sequence[int]) -> HostCopy:
+        """A new copy with memory for these tokens, whose rows the caller writes, in any thread, until `end_filling`.
+
+        Raises:
+            OutOfHostMemory: The budget or the system's memory is spent. Nothing changed but spare copies that went.
+            UsageError: There are no tokens.
+        """
         ids = token_ids(tokens)
         copy = self.new_copy(layout)
         frames = self._take(self.frames.n_frames_for(len(ids) * layout.token_bytes), beside=copy)
         copy.tokens, copy.extents, copy.frames = ids, (Extent(0, len(ids), 0),), frames
         self._copies[copy] = None
         copy.is_written = True
-        try:
-            yield copy
-        except BaseException:
-            copy.is_written = False
-            self._empty(copy)
-            raise
+        return copy
+
+    def end_filling(self, copy: HostCopy, *, is_good: bool = True) -> None:
+        """Say that nobody writes a copy any more, and whether its rows are good; else it is dropped."""
         copy.is_written = False
+        if not is_good:
+            self._empty(copy)
+
+    def hold(self, copy: HostCopy) -> None:
+        """Let a copy stay as it is while the caller reads its rows, in any thread, until `release`.
+
+        Raises:
+            UsageError: It is empty, or being written. Nothing changed.
+        """
+        if copy.is_written or not copy.n_tokens:
+            raise UsageError("only a copy that holds tokens, and is not being written, can be read")
+        copy.n_readers += 1
+
+    def release(self, copy: HostCopy) -> None:
+        """Undo `hold`."""
+        copy.n_readers -= 1
 
     def rows(
         self, copy: HostCopy, first_token: int = 0, end_token: int | None = None
@@ -289,7 +319,7 @@ class HostTier:
 
         Raises:
             UsageError: A park or a restore is under way; or one failed, and the device cannot say that it uses the
-                memory no more. Nothing changed: finish it, or close again.
+                memory no more; or a file is being written or read. Nothing changed: finish it, or close again.
         """
         self.poll()
         if self._writing or self._reading or self._stuck:
@@ -297,6 +327,9 @@ class HostTier:
                 f"{len(self._writing) + len(self._stuck)} parks and {len(self._reading)} restores are under way, or "
                 "failed and did not end; finish them, or close again when the device has come to rest"
             )
+        n_in_files = sum(copy.is_written or copy.n_readers > 0 for copy in self._copies)
+        if n_in_files:
+            raise UsageError(f"{n_in_files} copies are being written to files or read from them; close the disk first")
         for copy in list(self._copies):
             self._empty(copy)
         self.frames.close()
@@ -453,6 +486,10 @@ class Parking:
         """
         return self._transfer.has_failed or self._transfer.passed()
 
+    def passes_within(self, timeout_s: float) -> bool:
+        """See `Passing`."""
+        return self._transfer.passes_within(timeout_s)
+
     def finish(self) -> None:
         """Wait for the copies, make them the copy's contents, and give the slot's pages back. Once.
 
@@ -544,6 +581,10 @@ class Restoring:
         """
         return self._transfer.has_failed or self._transfer.passed()
 
+    def passes_within(self, timeout_s: float) -> bool:
+        """See `Passing`."""
+        return self._transfer.passes_within(timeout_s)
+
     def finish(self) -> None:
         """Wait until the rows are in the slot. Once.
 
@@ -562,6 +603,15 @@ class Restoring:
         self._settle()
         if self._makes_spare:
             self._copy.is_spare = True
+
+    def cancel(self) -> None:
+        """Wait until the copies are over, for a slot that nobody wants any more: it is active with no tokens.
+
+        The copy is as it was. Idempotent; without effect after `finish`.
+        """
+        if self._is_open:
+            self._transfer.is_quiet()
+            self._give_up()
 
     def _give_up(self) -> None:
         self._is_open = False

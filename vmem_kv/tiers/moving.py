@@ -1,8 +1,9 @@
 """Copies between a device and host memory that run while the caller goes on, and who launches them.
 
-A `Transfer` is a list of moves in one direction. A *mover* launches it: `InlineMover` at once, on the calling thread's
-stream, behind what was launched there before and before what is launched there next; `MoverThread` on a thread with a
-stream of its own, behind a fence, so that neither the caller nor its stream waits for the copies.
+A `Transfer` is a list of moves in one direction; a `Task` is anything else that takes its time, as a file does. A
+*mover* launches either: `InlineMover` at once, on the calling thread's stream, behind what was launched there before
+and before what is launched there next; `MoverThread` on a thread with a stream of its own, behind a fence, so that
+neither the caller nor its stream waits for the copies.
 
 Guarantees: a transfer whose `passed` or `wait` says so has moved everything; one that failed raises what it failed
 with, and touches no memory any more where `is_quiet` says so.
@@ -15,14 +16,37 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from vmem_kv.driver.base import PASSED, Driver, Fence
 from vmem_kv.errors import DriverError, UsageError, VmemError
 
 _LOG = logging.getLogger("vmem_kv")
+T = TypeVar("T")
+
+
+class Passing(Protocol):
+    """Something that is under way, until it has passed, or failed: whoever began it asks then, by `finish`."""
+
+    def passed(self) -> bool:
+        """Whether it is over, well or not.
+
+        Raises:
+            DriverError: The device cannot say; asking again is allowed.
+        """
+
+    def passes_within(self, timeout_s: float) -> bool:
+        """Wait until it is over, at most so many seconds; return whether it is. Says nothing of what it failed with."""
+
+
+def is_over(what: Passing) -> bool:
+    """Whether something has passed, or the device cannot say: then whoever finishes it learns why."""
+    try:
+        return what.passed()
+    except DriverError:
+        return True
 
 
 class Move(NamedTuple):
@@ -102,6 +126,15 @@ class Transfer:
             raise self._error
         self._last.wait()
 
+    def passes_within(self, timeout_s: float) -> bool:
+        """See `Passing`. What a device does is waited for; the bound is on the wait for a mover to launch it."""
+        if not self._is_launched.wait(timeout_s):
+            return False
+        if self._error is None:
+            with contextlib.suppress(DriverError):  # as whoever finishes it learns
+                self._last.wait()
+        return True
+
     def is_quiet(self) -> bool:
         """Whether nothing of it touches memory any more, moved or failed. Waits, where that can be waited for."""
         self._is_launched.wait()
@@ -112,27 +145,105 @@ class Transfer:
         return True
 
 
-class Mover(Protocol):
-    """Who launches transfers."""
+class Task(Generic[T]):
+    """Work that is done when it was launched, and has a result.
 
-    def start(self, transfer: Transfer, after: Fence) -> None:
-        """Launch a transfer when `after` has passed, or in stream order behind it.
+    Args:
+        do: The work.
+    """
+
+    def __init__(self, do: Callable[[], T]) -> None:
+        self._do: Callable[[], T] | None = do
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+        self._is_over = threading.Event()
+
+    def launch(self) -> None:
+        """Do it; called once, by a mover.
+
+        Raises:
+            BaseException: What it raised; `result` raises it again.
+        """
+        do, self._do = self._do, None  # with whatever it refers to
+        try:
+            if do is not None:
+                self._results.append(do())
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._is_over.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, in place of `launch`."""
+        self._do, self._error = None, error
+        self._is_over.set()
+
+    def passed(self) -> bool:
+        """Whether it is over, well or not."""
+        return self._is_over.is_set()
+
+    def passes_within(self, timeout_s: float) -> bool:
+        """Wait until it is over, at most so many seconds; return whether it is."""
+        return self._is_over.wait(timeout_s)
+
+    def wait(self) -> None:
+        """Wait until it is over, well or not."""
+        self._is_over.wait()
+
+    def result(self) -> T:
+        """Wait until it is over, and return what came of it.
+
+        Raises:
+            BaseException: What it raised.
+        """
+        self._is_over.wait()
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
+
+
+class Job(Protocol):
+    """What a mover launches: a `Transfer` or a `Task`."""
+
+    def launch(self) -> None:
+        """Begin it; once."""
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, in place of `launch`."""
+
+
+class Mover(Protocol):
+    """Who launches transfers and tasks."""
+
+    def start(self, job: Job, after: Fence) -> None:
+        """Launch something when `after` has passed, or in stream order behind it.
 
         Raises:
             BaseException: What launching raised, where that is known at once.
+        """
+
+    def stop(self) -> None:
+        """Finish what was handed over. Idempotent.
+
+        Raises:
+            UsageError: That takes too long; call again.
         """
 
 
 class InlineMover:
     """Launches on the calling thread's current stream, which is the one that its slots are stepped on."""
 
-    def start(self, transfer: Transfer, after: Fence) -> None:
+    def start(self, job: Job, after: Fence) -> None:
         """Launch it at once: the stream keeps the order that `after` stands for."""
-        transfer.launch()
+        job.launch()
+
+    def stop(self) -> None:
+        """Nothing was put off."""
 
 
 class MoverThread:
-    """Launches on a thread, one transfer after the other.
+    """Launches on a thread, one after the other.
 
     Started and stopped explicitly. If the thread dies, `error` says why, and transfers are launched by the caller as
     if there had never been one.
@@ -144,7 +255,7 @@ class MoverThread:
     def __init__(self, driver: Driver) -> None:
         self.error: BaseException | None = None
         self._driver = driver
-        self._queue: queue.SimpleQueue[tuple[Transfer, Fence] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Job, Fence] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._takes_on = False
         self._thread: threading.Thread | None = None
@@ -172,13 +283,13 @@ class MoverThread:
             raise
         self._thread = thread
 
-    def start(self, transfer: Transfer, after: Fence) -> None:
+    def start(self, job: Job, after: Fence) -> None:
         """Hand it to the thread, which waits for `after` first; without a thread, launch it here."""
         with self._lock:
             if self._takes_on:
-                self._queue.put((transfer, after))
+                self._queue.put((job, after))
                 return
-        transfer.launch()
+        job.launch()
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Finish what was handed over, end the thread and wait for it. Idempotent.
@@ -213,14 +324,15 @@ class MoverThread:
             with self._lock:
                 self._takes_on = False
                 self._queue.put(None)
-        while (job := self._queue.get()) is not None:
-            transfer, after = job
+        while (entry := self._queue.get()) is not None:
+            job, after = entry
             try:
                 if self.error is not None:
                     raise self.error
                 after.wait()
             except BaseException as error:
-                transfer.fail(error)
-                continue
-            with contextlib.suppress(BaseException):  # the transfer has it, for whoever waits
-                transfer.launch()
+                job.fail(error)
+            else:
+                with contextlib.suppress(BaseException):  # the job has it, for whoever waits
+                    job.launch()
+            del entry, job, after  # or the last one's memory would be held until the next one comes

@@ -16,8 +16,13 @@ Guarantees
     One that the disk fails to take is gone, as if the disk were full: it would never go, nor anything behind it.
   * A name means nothing in another domain: a session of another domain is unknown.
 
-Assumptions: one thread calls, and calls `poll` now and then: nothing happens by itself. A poll that finds a session's
-copy under way leaves it to a later one; going to disk and coming from there takes the disk's time, and is waited for.
+What takes its time, a copy between device and host or a file, is under way as long as it takes, and a session has at
+most one such thing: `copying` to host memory, `storing` on disk, or `loading` from there. `poll`, and with
+`waits=False` `demote` and `push_down`, begin it and return; `settle` and `poll` finish what has passed. Until then the
+session is where it was. One that is asked for meanwhile (`hold`) stays, and what is under way is let pass in vain, or
+abandoned. All other calls wait. With the movers that are the default everything has passed at once.
+
+Assumptions: one thread calls, and calls `poll` now and then: nothing happens by itself.
 """
 
 from __future__ import annotations
@@ -49,9 +54,10 @@ from vmem_kv.errors import (
 from vmem_kv.growth import SlotId
 from vmem_kv.tiers import files
 from vmem_kv.tiers.copies import HostCopy, token_ids
-from vmem_kv.tiers.disk import DiskCopy, DiskTier
+from vmem_kv.tiers.disk import DiskCopy, DiskTier, Loading, Storing
 from vmem_kv.tiers.files import ModelIdentity
 from vmem_kv.tiers.host import HostTier, Parking
+from vmem_kv.tiers.moving import Passing, is_over
 
 _LOG = logging.getLogger("vmem_kv")
 
@@ -115,7 +121,14 @@ class _Session:
         self.slot_id: SlotId | None = None
         self.disk_copy: DiskCopy | None = None
         self.copying: Parking | None = None  # on its way to host memory, and on the device still
+        self.storing: Storing | None = None  # on its way to disk, and in host memory still
+        self.loading: Loading | None = None  # on its way to host memory, and on disk still
         self.is_wanted = False  # it does not go down: it is on its way back, or about to be
+
+    @property
+    def under_way(self) -> Passing | None:
+        """What is to pass before it is somewhere else."""
+        return self.copying or self.storing or self.loading
 
 
 class Sessions:
@@ -141,6 +154,9 @@ class Sessions:
         self._clock = clock
         self._sessions: dict[tuple[str, str], _Session] = {}
         self._unwanted: list[SlotId] = []
+        self._going: dict[_Session, None] = {}
+        """Those that were told to go down, and have not gone."""
+        self._loading: dict[_Session, None] = {}
         self._n_resumed = self._n_moved_down = self._n_gone = 0
 
     def retain(
@@ -203,10 +219,39 @@ class Sessions:
         if slot_id is None:
             with _keeping(session):
                 slot_id = self._bring_back(session)
-        session.slot_id = None
-        self._enter(session, Level.IN_USE)
-        self._n_resumed += 1
+        self._hand_out(session)
         return Resumed(slot_id, session.tokens)
+
+    def fetch(self, session_id: str, *, domain: str = "") -> HostCopy | None:
+        """Return the host copy of a session below the device, for a caller who restores it himself and then takes it.
+
+        None while it comes from disk: ask again when that has passed. The caller holds the session meanwhile.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+            UsageError: It is on the device, or in use. Nothing changed.
+            OutOfHostMemory: There is no host memory for it. It stays where it was.
+            FileRefused: It was damaged on disk. It is gone.
+            FileError: Reading it failed. It stays where it was.
+        """
+        session = self._find(session_id, domain)
+        if session.level not in (Level.HOST, Level.DISK):
+            raise UsageError(f"session {session_id!r} has a slot; resume it, or wait until it is retained again")
+        self._stay(session)
+        with _keeping(session):
+            is_there = session.host_copy.n_tokens >= len(session.tokens) or self._read_back(session, waits=False)
+        return session.host_copy if is_there else None
+
+    def take(self, session_id: str, *, domain: str = "") -> None:
+        """Note that the caller has restored a session, as far as he wants it: it is in use from now on, as if resumed.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+        """
+        session = self._find(session_id, domain)
+        session.host_copy.is_spare = True
+        self._drop_disk_copy(session)
+        self._hand_out(session)
 
     def forget(self, session_id: str, *, domain: str = "") -> None:
         """End a session wherever it is. One that is in use loses its name and its host copy; its slot is the caller's.
@@ -233,16 +278,24 @@ class Sessions:
             DriverError: Moving its rows failed. Nothing changed.
             OutOfDiskSpace, FileError: The file cannot be written. Nothing changed.
         """
+        files.save(path, self._host, self.copy_of(session_id, domain=domain), identity)
+
+    def copy_of(self, session_id: str, *, domain: str = "") -> HostCopy:
+        """Bring a session's host copy up to date and return it: for a caller who reads it, and holds it meanwhile.
+
+        Raises:
+            UnknownSession, SessionInUse, OutOfHostMemory, FileRefused, DriverError: As `save`.
+        """
         session = self._find(session_id, domain)
         if session.level is Level.IN_USE:
             raise SessionInUse(f"session {session_id!r} is in use by a request; save it when that one has ended")
         if session.slot_id is not None:
-            self._begin_copying(session, session.slot_id)
+            self._begin_copying(session, session.slot_id, waits=True)
             self._finish_copying(session)
         elif session.host_copy.n_tokens < len(session.tokens):
             with _keeping(session):
-                self._read_back(session)
-        files.save(path, self._host, session.host_copy, identity)
+                self._read_back(session, waits=True)
+        return session.host_copy
 
     def load(
         self,
@@ -290,17 +343,57 @@ class Sessions:
         now_s = self._clock()
         there = (s for s in self._sessions.values() if s.due_s <= now_s and not s.is_wanted)
         due = sorted(there, key=lambda session: session.due_s)
-        n_moved, failure = 0, self._retire_unwanted()
         for session in due[:max_sessions]:
-            if session.key not in self._sessions or session.due_s > now_s:
-                continue  # it made room for another one meanwhile
+            self._going.setdefault(session)
+        return self.settle()
+
+    def settle(self) -> int:
+        """Take note of what has passed meanwhile; return how many sessions moved or went. For every step.
+
+        Raises:
+            VmemError: The first failure. That session is where it was, and goes down no more unless told again; one
+                that was damaged on disk is gone.
+        """
+        failure = self._retire_unwanted()
+        if self._disk is not None:
+            self._disk.poll()
+        n_moved = 0
+        n_before = -1
+        while n_before < n_moved:  # one that has gone makes room for others
+            n_before = n_moved
+            for session in list(self._going):
+                if session not in self._going:
+                    continue  # it made room for another one meanwhile
+                if session.is_wanted:
+                    self._stay(session)
+                    continue
+                try:
+                    n_moved += self._move_down(session, waits=False)
+                except VmemError as error:
+                    self._going.pop(session, None)
+                    failure = failure or error
+        for session in [s for s in self._loading if not s.is_wanted]:  # else whoever wants it takes it up
             try:
-                n_moved += self._move_down(session, waits=False)
+                self._read_back(session, waits=False)
             except VmemError as error:
                 failure = failure or error
         if failure is not None:
             raise failure
         return n_moved
+
+    def under_way(self) -> list[Passing]:
+        """What is to pass before some session is elsewhere."""
+        moving = [session.under_way for session in (*self._going, *self._loading)]
+        return [what for what in moving if what is not None]
+
+    def leaving_slots(self) -> set[SlotId]:
+        """Slots of sessions that go to host memory now."""
+        return {s.slot_id for s in self._going if s.slot_id is not None and not s.is_wanted}
+
+    @property
+    def is_going_down(self) -> bool:
+        """Whether host memory may come free by itself: a session is on its way to disk, or to where it can go there."""
+        return any(session.under_way is not None for session in self._going)
 
     def free_slots(self, n_pages: int) -> int:
         """Move sessions off the device, the next to expire first, until `n_pages` pages lie under retired slots.
@@ -322,10 +415,15 @@ class Sessions:
             self._move_down(session)
         return n_freed
 
-    def demote(self, session_id: str, *, domain: str = "") -> Level | None:
+    def demote(self, session_id: str, *, domain: str = "", waits: bool = True) -> Level | None:
         """Move a session one level down before its time; return where it is then, None for nowhere.
 
-        It goes further down for want of room, as by `poll`. What is copied is waited for.
+        It goes further down for want of room, as by `poll`.
+
+        Args:
+            session_id: Its name.
+            domain: Whose it is.
+            waits: Whether to wait for what is copied. Else it goes once that has passed, at `settle`.
 
         Raises:
             UnknownSession: There is none of that name in this domain. Nothing changed.
@@ -335,18 +433,23 @@ class Sessions:
         session = self._find(session_id, domain)
         if session.level is Level.IN_USE:
             raise SessionInUse(f"session {session_id!r} is in use by a request; move it when that one has ended")
-        self._move_down(session)
+        self._going.setdefault(session)
+        try:
+            self._move_down(session, waits=waits)
+        except BaseException:
+            self._going.pop(session, None)
+            raise
         return session.level if self._sessions.get(session.key) is session else None
 
-    def push_down(self, level: Level) -> bool:
-        """Move the next to expire of one level down; return whether there was one.
+    def push_down(self, level: Level, *, waits: bool = True) -> bool:
+        """Move the next to expire of one level down; return whether there was one. See `demote`.
 
         Raises:
             VmemError: Moving it failed. It stays where it was.
         """
         there = self._at(level)
         if there:
-            self._move_down(there[0])
+            self.demote(there[0].key[1], domain=there[0].key[0], waits=waits)
         return bool(there)
 
     def tokens(self, session_id: str, *, domain: str = "") -> Sequence[int]:
@@ -376,6 +479,41 @@ class Sessions:
         """
         with _keeping(self._find(session_id, domain)):
             yield
+
+    def hold(self, session_id: str, *, domain: str = "") -> None:
+        """As `wanted`, until `let_go`: for a caller who resumes it, or fetches and takes it, when that has passed.
+
+        On its way down it stops: it is where it was, once what is under way has passed.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+        """
+        self._find(session_id, domain).is_wanted = True
+
+    def let_go(self, session_id: str, *, domain: str = "") -> None:
+        """Undo `hold`. In use it is held no more.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain. Nothing changed.
+        """
+        self._find(session_id, domain).is_wanted = False
+
+    def is_held(self, session_id: str, *, domain: str = "") -> bool:
+        """Whether a session was asked for.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain.
+        """
+        return self._find(session_id, domain).is_wanted
+
+    def is_leaving(self, session_id: str, *, domain: str = "") -> bool:
+        """Whether a session is on the device still, and being copied to host memory: it cannot be resumed at once.
+
+        Raises:
+            UnknownSession: There is none of that name in this domain.
+        """
+        copying = self._find(session_id, domain).copying
+        return copying is not None and not is_over(copying)
 
     def waiting(self) -> list[tuple[str, str]]:
         """Domain and name of every session that waits: the lowest level first, and there the next to expire."""
@@ -423,7 +561,21 @@ class Sessions:
         there = (s for s in self._sessions.values() if s.level is level and not s.is_wanted)
         return sorted(there, key=lambda session: session.due_s)
 
+    def _hand_out(self, session: _Session) -> None:
+        session.slot_id = None
+        session.is_wanted = False
+        self._enter(session, Level.IN_USE)
+        self._n_resumed += 1
+
+    def _stay(self, session: _Session) -> None:
+        """Let a session that was told to go down stay. A copy to host memory is let pass, and is a spare then."""
+        self._going.pop(session, None)
+        if session.storing is not None:
+            storing, session.storing = session.storing, None
+            storing.abandon()
+
     def _enter(self, session: _Session, level: Level) -> None:
+        self._going.pop(session, None)
         session.level = level
         stay = session.stay
         seconds = {Level.DEVICE: stay.device_s, Level.HOST: stay.host_s, Level.DISK: stay.disk_s}
@@ -437,9 +589,8 @@ class Sessions:
         if session.level is Level.DEVICE:
             return self._to_host(session, waits=waits)
         if session.level is Level.HOST and self._disk is not None:
-            self._to_disk(session, self._disk)
-        else:
-            self._lose(session)
+            return self._to_disk(session, self._disk, waits=waits)
+        self._lose(session)
         return True
 
     def _to_host(self, session: _Session, *, waits: bool) -> bool:
@@ -447,11 +598,11 @@ class Sessions:
         if slot_id is None:
             raise InvariantError(f"session {session.key[1]!r} is on the device without a slot")
         try:
-            self._begin_copying(session, slot_id)
+            is_copying = self._begin_copying(session, slot_id, waits=waits)
         except OutOfHostMemory:
             self._lose(session)
             return True
-        if not waits and session.copying is not None and not session.copying.passed():
+        if not is_copying or not (waits or session.copying is None or is_over(session.copying)):
             return False
         self._finish_copying(session)
         fence = self._cache.fence()
@@ -464,16 +615,16 @@ class Sessions:
             self._n_moved_down += 1
         return True
 
-    def _begin_copying(self, session: _Session, slot_id: SlotId) -> None:
+    def _begin_copying(self, session: _Session, slot_id: SlotId, *, waits: bool) -> bool:
         """Begin to bring a session's host copy up to date, if need be in the place of others that go down.
 
         The rows are on the device. Where host memory is too small for what it holds of them and what it would hold,
-        what it holds goes first.
+        what it holds goes first. Returns whether it was begun, which it is not while others are on their way down.
         """
         frames = self._host.frames
         n_frames = frames.n_frames_for(len(session.tokens) * session.host_copy.layout.token_bytes)
         self._host.poll()
-        if session.host_copy.n_readers:  # a restore failed, and the device cannot say that it reads no more
+        if session.copying is None and session.host_copy.n_readers:  # of a restore that failed, or a file given up
             self._drop_host_copy(session)
         while session.copying is None:
             try:
@@ -483,8 +634,11 @@ class Sessions:
                     raise
                 if session.host_copy.n_tokens and len(session.host_copy.frames) + n_frames > frames.max_frames:
                     self._drop_host_copy(session)
-                elif not self.push_down(Level.HOST):
+                elif not waits and self.is_going_down:
+                    return False
+                elif not self.push_down(Level.HOST, waits=waits):
                     raise
+        return True
 
     def _finish_copying(self, session: _Session) -> None:
         copying, session.copying = session.copying, None
@@ -495,59 +649,78 @@ class Sessions:
         self._host.drop_when_quiet(session.host_copy)
         session.host_copy = self._host.new_copy(session.host_copy.layout)
 
-    def _to_disk(self, session: _Session, disk: DiskTier) -> None:
+    def _to_disk(self, session: _Session, disk: DiskTier, *, waits: bool) -> bool:
         if disk.n_bytes_for(session.host_copy) > disk.max_bytes:
             self._lose(session)
-            return
+            return True
         while True:
             try:
-                session.disk_copy = disk.store(self._host, session.host_copy)
+                if session.storing is None:
+                    session.storing = disk.begin_store(self._host, session.host_copy)
+                if not waits and not session.storing.passed():
+                    return False
+                storing, session.storing = session.storing, None
+                session.disk_copy = storing.finish()
                 break
             except OutOfDiskSpace:
                 older = self._at(Level.DISK)
                 if not older:
                     self._lose(session)
-                    return
+                    return True
                 self._lose(older[0])
             except FileError as error:
                 _LOG.warning("a session is lost, since it cannot go to disk: %s", error)
                 self._lose(session)
-                return
+                return True
         self._drop_host_copy(session)
         self._enter(session, Level.DISK)
         self._n_moved_down += 1
+        return True
 
     def _bring_back(self, session: _Session) -> SlotId:
         """A new slot with the rows of a session that has none."""
+        self._stay(session)
         slot_id = self._cache.acquire(expected_tokens=len(session.tokens), domain=session.key[0])
         try:
             if session.host_copy.n_tokens < len(session.tokens):
-                self._read_back(session)
+                self._read_back(session, waits=True)
             self._host.restore(session.host_copy, self._cache, slot_id)
         except BaseException:
             self._unwanted.append(slot_id)
             self._retire_unwanted()
             raise
-        if session.disk_copy is not None and self._disk is not None:
-            self._disk.drop(session.disk_copy)
-            session.disk_copy = None
+        self._drop_disk_copy(session)
         return slot_id
 
-    def _read_back(self, session: _Session) -> None:
-        """Bring a session's rows from disk to host memory, where they are a spare."""
+    def _read_back(self, session: _Session, *, waits: bool) -> bool:
+        """Bring a session's rows from disk to host memory, where they are a spare; return whether they are there."""
         if self._disk is None or session.disk_copy is None:
             raise InvariantError(f"session {session.key[1]!r} has lost its rows: somebody dropped its host copy")
         while True:
             try:
-                session.host_copy = self._disk.load(session.disk_copy, self._host)
+                if session.loading is None:
+                    session.loading = self._disk.begin_load(session.disk_copy, self._host)
+                    self._loading[session] = None
+                if not waits and not session.loading.passed():
+                    return False
+                loading, session.loading = session.loading, None
+                self._loading.pop(session)
+                session.host_copy = loading.finish()
                 session.host_copy.is_spare = True
-                return
+                return True
             except OutOfHostMemory:
-                if not self.push_down(Level.HOST):
+                if not waits and self.is_going_down:
+                    return False
+                if not self.push_down(Level.HOST, waits=waits):
                     raise
             except FileRefused:
                 self._lose(session)
                 raise
+
+    def _drop_disk_copy(self, session: _Session) -> None:
+        if session.disk_copy is not None and self._disk is not None:
+            self._disk.drop(session.disk_copy)
+            session.disk_copy = None
 
     def _retire_unwanted(self) -> VmemError | None:
         """Retire slots that were acquired in vain; return why one cannot be, for it to be tried again later."""
@@ -567,10 +740,13 @@ class Sessions:
         fence = self._cache.fence() if session.slot_id is not None else None
         if session.copying is not None:
             session.copying.cancel()
+        self._stay(session)
+        if session.loading is not None:
+            del self._loading[session]
+            session.loading.abandon()
         del self._sessions[session.key]
         self._host.drop_when_quiet(session.host_copy)
-        if session.disk_copy is not None and self._disk is not None:
-            self._disk.drop(session.disk_copy)
+        self._drop_disk_copy(session)
         if session.slot_id is not None:
             self._cache.retire(session.slot_id, fence)
 
