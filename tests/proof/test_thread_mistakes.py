@@ -122,6 +122,13 @@ def test_a_missing_lock_is_found(mistake: Mistake) -> None:
     assert done.stdout == "found\n" or done.returncode == -signal.SIGSEGV, done
 
 
+def test_a_round_in_which_every_call_fails_is_no_finding() -> None:
+    driver, totals = open_driver("native"), Totals()
+    ThreadRound(driver, 1, N_OPS, N_THREADS, 20.0).run(totals)
+    assert (totals.n_ops, totals.n_faults) == (0, N_THREADS)  # no thread gets as far as to have a device
+    driver.close()
+
+
 @pytest.mark.parametrize("fault_share", [0.0, 0.5])
 def test_who_waits_for_another_thread_in_vain_says_so(fault_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves_a_slot_busy(monkeypatch)

@@ -52,8 +52,9 @@ class ThreadRound:
 
     def __init__(self, driver: Driver, seed: int, n_ops: int, n_threads: int, fault_share: float) -> None:
         choose = random.Random(seed)
+        self.faulty = FaultyDriver(driver)
         # An operation is some points: a share of 15 % of all operations is far less of all points.
-        self.faulty = FaultyDriver(driver, _random_faults(seed, fault_share / 20))
+        self._faults = _random_faults(seed, fault_share / 20)
         self.driver = CheckedDriver(self.faulty)
         self._ledger_before = (driver.ledger.n_bytes, driver.ledger.n_mappings)
         page_bytes = driver.info.granularity_bytes
@@ -81,6 +82,7 @@ class ThreadRound:
         threads = [threading.Thread(target=worker, name=f"stress-{i}") for i, worker in enumerate(self.workers)]
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.faulty.plan = self._faults
         try:
             for thread in threads:
                 thread.start()
