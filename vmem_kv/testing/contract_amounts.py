@@ -155,7 +155,7 @@ def _large_host_copies_arrive(bench: Bench) -> None:
 
 def _large_scrubs_reach_the_end(bench: Bench) -> None:
     """scrub: spans of more than a megabyte are zeroed to their ends, and so is each of many"""
-    region, page = _Region.open(bench, 12), bench.page
+    region, page = _Region.open(bench, 6), bench.page
     dirt = b"\xa5" * region.n_bytes
     region.write(dirt)
     inner = region.n_bytes - 2 * page

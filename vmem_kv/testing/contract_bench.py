@@ -15,7 +15,7 @@ from vmem_kv.testing.memory import Memory
 
 MANY = 300
 """Items of a large batch."""
-MEMORY_SHARE = 8
+MEMORY_SHARE = 16
 """A large batch takes at most one part in so many of the memory that could be handed out."""
 FEW = 16
 """Items of a large batch at least."""
@@ -72,9 +72,15 @@ class Bench:
         """Note what this driver, device or machine leaves nobody to look at. It is no breach."""
         self.unseen.append(what)
 
+    def available(self) -> int:
+        """Return what the driver says could be handed out now. Raises ContractBreach if that is no number of bytes."""
+        n_bytes = self.driver.available_bytes()
+        self.require(type(n_bytes) is int and n_bytes >= 0, f"available_bytes() is {n_bytes!r}, no number of bytes")
+        return n_bytes
+
     def many(self) -> int:
         """Say how many of the smallest pages a large batch has: `MANY`, or fewer where memory is scarce."""
-        n_affordable = self.driver.available_bytes() // MEMORY_SHARE // self.page
+        n_affordable = self.available() // MEMORY_SHARE // self.page
         self.n_batch_items = max(FEW, min(MANY, n_affordable))
         return self.n_batch_items
 

@@ -31,18 +31,10 @@ def _what_it_says_of_memory_has_the_right_types(bench: Bench) -> None:
     ledger, calls = getattr(driver, "ledger", None), getattr(driver, "calls", None)
     bench.require(isinstance(ledger, Ledger), f"ledger is {ledger!r}, not a vmem_kv.driver.ledger.Ledger")
     bench.require(isinstance(calls, Counter), f"calls is {calls!r}, not a collections.Counter")
-    reservation = bench.reserve(1)
-    _require_count(bench, "available_bytes()", driver.available_bytes())
-    handles = bench.create([reservation.base])
-    _require_count(bench, "available_bytes()", driver.available_bytes())
+    bench.available()
     if isinstance(driver, CountsMemory):
-        _require_count(bench, "physical_bytes()", driver.physical_bytes())
-    driver.release(bench.page, handles)
-    bench.free(reservation)
-
-
-def _require_count(bench: Bench, name: str, value: object) -> None:
-    bench.require(type(value) is int and value >= 0, f"{name} is {value!r}, not a number of bytes")
+        n_bytes = driver.physical_bytes()
+        bench.require(type(n_bytes) is int and n_bytes >= 0, f"physical_bytes() is {n_bytes!r}, no number of bytes")
 
 
 def _reservations_are_aligned_exact_and_disjoint(bench: Bench) -> None:
