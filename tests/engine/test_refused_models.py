@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.hf.architectures import build_model, common
-from vmem_kv.engine import engine as engine_module
+from vmem_kv.engine import model_facts
 from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.llm import make_config
 from vmem_kv.engine.module_state import find_module_state
@@ -199,6 +199,6 @@ def check_equal_generate(model: PreTrainedModel, route: str, length: int) -> Non
 @pytest.mark.parametrize("route", ROUTES)
 def test_beyond_the_border_they_would(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
-    monkeypatch.setattr(engine_module, "_longrope_border", lambda config: None)
+    monkeypatch.setattr(model_facts, "longrope_border", lambda config: None)
     with pytest.raises(AssertionError):
         check_equal_generate(longrope(), route, MAX_POSITIONS)

@@ -27,8 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from vmem_kv.engine.engine import Engine, EngineStats
+from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate
+from vmem_kv.engine.stats import EngineStats
 from vmem_kv.errors import (
     DriverError,
     EngineDead,

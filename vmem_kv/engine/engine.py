@@ -20,36 +20,30 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vmem_kv.attention.choose import AUTO
 from vmem_kv.devices import OpenDriver, open_driver
 from vmem_kv.driver.base import Driver
+from vmem_kv.engine.admission import Admission
 from vmem_kv.engine.answer import Answer
 from vmem_kv.engine.config import EngineConfig
+from vmem_kv.engine.model_facts import end_token_ids, keeps_latents, max_model_len, vocabulary
 from vmem_kv.engine.moves import Carriers, threads
 from vmem_kv.engine.packed import PackedRoute
 from vmem_kv.engine.packed_weights import is_available, pack
-from vmem_kv.engine.request import (
-    MAX_SESSION_CHARACTERS,
-    FinishReason,
-    Request,
-    Sequence,
-    SequenceUpdate,
-    is_session_id,
-)
+from vmem_kv.engine.request import FinishReason, Request, Sequence, SequenceUpdate
 from vmem_kv.engine.route import Route
 from vmem_kv.engine.rows_route import RowsRoute
 from vmem_kv.engine.sampler import Sampled, Sampler
 from vmem_kv.engine.saved import SavedSessions
 from vmem_kv.engine.scheduler import Chunk, Scheduler, StepPlan
 from vmem_kv.engine.session_slots import SessionSlots
-from vmem_kv.engine.tier_stats import TierFigures
+from vmem_kv.engine.stats import EngineStats
 from vmem_kv.engine.tiers import open_slots
 from vmem_kv.errors import (
     CapacityError,
@@ -59,92 +53,15 @@ from vmem_kv.errors import (
     InvariantError,
     QueueFull,
     RequestFailed,
-    RequestTooLong,
     UnknownSession,
     UsageError,
 )
-from vmem_kv.growth import SlotId
-from vmem_kv.prefix.entry import PrefixStats
-from vmem_kv.stats import CacheStats, SlotStats
 from vmem_kv.tiers.moving import Task
 from vmem_kv.tiers.sessions import Level
-from vmem_kv.units import count
 
-DEFAULT_MODEL_LEN = 32_768
 LEAST_TOKENS = 2
 """Of a sequence that is worth a budget: a prompt of one, and an answer of one."""
 _LOG = logging.getLogger("vmem_kv")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """One snapshot, for metrics and people. Counts are since the engine was opened.
-
-    Attributes:
-        n_running: Sequences that have a slot.
-        n_waiting: Sequences that have none.
-        n_steps: Steps done.
-        n_prompt_tokens: Tokens of prompts computed, repetitions after a preemption included.
-        n_generated_tokens: Tokens sampled.
-        n_requests: Requests taken on.
-        n_finished: Answers that ended, by reason.
-        n_preempted: Times that a sequence lost its slot.
-        n_recomputed_tokens: Tokens that were computed again for that reason.
-        max_model_len: The most tokens of a sequence.
-        token_bytes: Bytes that a token takes over all layers.
-        page_bytes: Bytes of a page.
-        slots: Every slot, in the order of their addresses.
-        cached_slots: Of the active ones, those of nobody who runs, kept for what they hold; by their number.
-        prefixes: What is cached and was found; None where nothing is cached.
-        tiers: What is in host memory, on disk and kept by name; None without host memory.
-        cache: Pages by state.
-        is_mapper_alive: Whether memory is mapped ahead in the background; None where nobody asked for that.
-        last_step_s: When the last step ended, on `time.monotonic`'s clock.
-    """
-
-    n_running: int
-    n_waiting: int
-    n_steps: int
-    n_prompt_tokens: int
-    n_generated_tokens: int
-    n_requests: int
-    n_finished: dict[str, int]
-    n_preempted: int
-    n_recomputed_tokens: int
-    max_model_len: int
-    token_bytes: int
-    page_bytes: int
-    slots: list[SlotStats]
-    cached_slots: frozenset[SlotId]
-    prefixes: PrefixStats | None
-    tiers: TierFigures | None
-    cache: CacheStats
-    is_mapper_alive: bool | None
-    last_step_s: float
-
-    @property
-    def n_pages_by_state(self) -> dict[str, int]:
-        """Pages by state, those that only cached prefixes keep beside the live ones."""
-        states = ("live", "warm", "free", "pending", "in_flight", "elsewhere", "quarantined")
-        n_pages = {state: int(getattr(self.cache, f"n_{state}_pages")) for state in states}
-        # The two were counted one after the other.
-        n_cached = 0 if self.prefixes is None else min(self.prefixes.n_held_pages, n_pages["live"])
-        return {"live": n_pages.pop("live") - n_cached, "cached": n_cached, **n_pages}
-
-    @property
-    def live_bytes(self) -> int:
-        """What the tokens of running sequences need: no cached ones, and where pages are shared, what these hold."""
-        n_cached_tokens = sum(self.slots[slot_id].n_tokens for slot_id in self.cached_slots)
-        n_bytes = max(0, self.cache.live_bytes - n_cached_tokens * self.token_bytes)
-        return min(n_bytes, self.n_pages_by_state["live"] * self.page_bytes)
-
-    @property
-    def hit_share(self) -> float | None:
-        """The part of the tokens of sequences that started which were cached; None where none were looked up."""
-        prefixes = self.prefixes
-        if prefixes is None or not prefixes.n_looked_up_tokens:
-            return None
-        return prefixes.n_hit_tokens / prefixes.n_looked_up_tokens
 
 
 class Engine:
@@ -175,8 +92,8 @@ class Engine:
     ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
-        self.max_model_len = _max_model_len(model, config.max_model_len)
-        self.vocabulary = _vocabulary(model)
+        self.max_model_len = max_model_len(model, config.max_model_len)
+        self.vocabulary = vocabulary(model)
         self._unpack = pack(model) if config.pack_weights and is_available() else _nothing
         try:
             self.route: Route = _open_route(model, config, self.max_model_len, open_driver)
@@ -186,7 +103,7 @@ class Engine:
         self.memory = self.route.memory
         self.max_tokens_alone = self.memory.max_tokens_alone(self.max_model_len)
         """The most tokens of a sequence that fit: in the model's length, and in the memory budget."""
-        self.end_token_ids = _end_token_ids(model)
+        self.end_token_ids = end_token_ids(model)
         try:
             self._require_room()
             slots = open_slots(self.route, config, clock, open_carriers)
@@ -198,6 +115,13 @@ class Engine:
         self.saved = SavedSessions(model, self.route, slots)
         self._scheduler = Scheduler(
             self.memory, self.slots, slots.moves, config.max_num_seqs, config.max_batch_tokens, self.route.drop
+        )
+        self._admission = Admission(
+            config,
+            vocabulary=self.vocabulary,
+            max_model_len=self.max_model_len,
+            max_tokens_alone=self.max_tokens_alone,
+            has_tokenizer=tokenizer is not None,
         )
         self._sampler = Sampler(self.end_token_ids)
         self._answers: dict[Sequence, Answer] = {}
@@ -219,39 +143,7 @@ class Engine:
             InvalidRequest: A value is wrong; `param` names it.
             RequestTooLong: It can never fit.
         """
-        params = request.params
-        prompt = request.prompt_token_ids
-        if not prompt:
-            raise InvalidRequest("the prompt is empty; give at least one token", "prompt")
-        n_prompt, n_fit = len(prompt), self.max_tokens_alone
-        if n_prompt >= n_fit:
-            raise RequestTooLong(
-                f"{self._what_fits()}; the prompt has {count(n_prompt, 'token')}, and an answer needs one more",
-                "prompt",
-            )
-        self._check_token_ids(prompt, "prompt")
-        self._check_token_ids(params.stop_token_ids, "stop_token_ids")
-        self._check_token_ids(params.logit_bias, "logit_bias")
-        max_n = min(self.config.max_n, self.config.max_queued + self.config.max_num_seqs)
-        if params.n > max_n:
-            raise InvalidRequest(f"n is {params.n}; at most {count(max_n, 'answer')} can be given", "n")
-        name = request.session_id
-        if name is not None and not is_session_id(name):
-            raise InvalidRequest(f"session_id must be a text of 1 to {MAX_SESSION_CHARACTERS} characters", "session_id")
-        self._check_session_ttl(request)
-        if params.stop and self.tokenizer is None:
-            raise InvalidRequest("stop texts need a tokenizer, and this engine has none", "stop")
-        if params.max_tokens is not None and n_prompt + params.max_tokens > n_fit:
-            raise RequestTooLong(
-                f"{self._what_fits()}; the prompt has {count(n_prompt, 'token')}, and max_tokens asks for "
-                f"{params.max_tokens} more",
-                "max_tokens",
-            )
-        n_left = self._max_length(request) - n_prompt
-        if params.min_tokens > n_left:
-            raise InvalidRequest(
-                f"min_tokens is {params.min_tokens}; the answer can have at most {count(n_left, 'token')}", "min_tokens"
-            )
+        self._admission.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -267,7 +159,7 @@ class Engine:
             raise UsageError(f"request {request.request_id} is unfinished; every request needs an id of its own")
         if not self.has_place(request.params.n):
             raise QueueFull(f"too many answers wait already ({self._scheduler.n_waiting}); try again later")
-        max_length = self._max_length(request)
+        max_length = self._admission.max_length(request)
         sequences = [Sequence(request, i, self._n_arrived, max_length) for i in range(request.params.n)]
         try:
             answers = {s: Answer(s, self.tokenizer, self.end_token_ids) for s in sequences}
@@ -619,41 +511,10 @@ class Engine:
             if not left:
                 del self._requests[sequence.request.request_id]
 
-    def _max_length(self, request: Request) -> int:
-        """The most tokens that a sequence of this request may come to; without max_tokens, what fits."""
-        if request.params.max_tokens is None:
-            return self.max_tokens_alone
-        return len(request.prompt_token_ids) + request.params.max_tokens
-
-    def _what_fits(self) -> str:
-        """Say what bounds a sequence, as OpenAI's clients expect to read it."""
-        if self.max_tokens_alone < self.max_model_len:
-            return f"the memory budget holds at most {self.max_tokens_alone} tokens of one sequence"
-        return f"This model's maximum context length is {self.max_model_len} tokens"
-
-    def _check_session_ttl(self, request: Request) -> None:
-        ttl_s, longest_s = request.session_ttl_s, self.config.longest_session_ttl_s
-        if ttl_s is None:
-            return
-        if request.session_id is None:
-            raise InvalidRequest("session_ttl_s is set without session_id; name the session", "session_ttl_s")
-        if isinstance(ttl_s, bool) or not isinstance(ttl_s, (int, float)) or not 0 <= ttl_s <= longest_s:
-            raise InvalidRequest(
-                f"session_ttl_s is {ttl_s!r:.40}; sessions keep their slot for 0 to {longest_s:g} seconds here",
-                "session_ttl_s",
-            )
-
-    def _check_token_ids(self, token_ids: Iterable[int], param: str) -> None:
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocabulary:
-                raise InvalidRequest(
-                    f"{param} holds {token_id!r:.40}; tokens are whole numbers from 0 to {self.vocabulary - 1}", param
-                )
-
 
 def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, open_driver: OpenDriver) -> Route:
     why_not_packed = ""
-    if config.route == "packed" or (config.route == "auto" and not _keeps_latents(model)):
+    if config.route == "packed" or (config.route == "auto" and not keeps_latents(model)):
         try:
             return PackedRoute(model, config, max_tokens, open_driver)
         except ConfigError as error:
@@ -669,54 +530,6 @@ def _open_route(model: PreTrainedModel, config: EngineConfig, max_tokens: int, o
 
 def _nothing() -> None:
     """What is to be undone where nothing was done."""
-
-
-def _keeps_latents(model: PreTrainedModel) -> bool:
-    """Whether K and V are kept as latents, which the packed route would keep expanded: many times as large."""
-    return getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
-
-
-def _max_model_len(model: PreTrainedModel, wanted: int | None) -> int:
-    config = model.config.get_text_config(decoder=True)
-    made_for = getattr(config, "max_position_embeddings", None)
-    if wanted is not None and made_for and wanted > made_for:
-        raise ConfigError(f"max_model_len is {wanted}; the model was made for {made_for} tokens")
-    border = _longrope_border(config)
-    if border is None:
-        return wanted or made_for or DEFAULT_MODEL_LEN
-    if wanted is not None and wanted > border:
-        raise ConfigError(
-            f"max_model_len is {wanted}; at most {border} are served: beyond them the model (rope_type longrope) turns "
-            "all keys by other factors, and with them those of everybody who computes in the same step"
-        )
-    return min(wanted or border, made_for or border)
-
-
-def _longrope_border(config: PreTrainedConfig) -> int | None:
-    """Return the length up to which LongRoPE's short factors hold; None where a model has no LongRoPE.
-
-    transformers chooses the factors for a whole pass, by its longest sequence. Other types depend on no length within
-    `max_position_embeddings`, the dynamic one included.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    each = [parameters, *(of_type for of_type in parameters.values() if isinstance(of_type, dict))]
-    return min(
-        (int(rope["original_max_position_embeddings"]) for rope in each if rope.get("rope_type") == "longrope"),
-        default=None,
-    )
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    """Tokens that can both be read and be written."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(table.weight.shape[0]) for table in tables if table is not None)
-
-
-def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    ends = None if model.generation_config is None else model.generation_config.eos_token_id
-    if ends is None:
-        ends = model.config.get_text_config(decoder=True).eos_token_id
-    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
 
 
 def _n_prompt_tokens(chunk: Chunk) -> int:

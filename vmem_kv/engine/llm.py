@@ -21,10 +21,11 @@ from vmem_kv.config import CacheConfig
 from vmem_kv.engine.beams import Beam, BeamParams, BeamSearch
 from vmem_kv.engine.config import EngineConfig
 from vmem_kv.engine.conversation import ChatWriter
-from vmem_kv.engine.engine import Engine, EngineStats
+from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.progress import open_progress
 from vmem_kv.engine.request import FinishReason, Request, SequenceUpdate, TokenLogprobs, new_request_id
 from vmem_kv.engine.sampling_params import SamplingParams
+from vmem_kv.engine.stats import EngineStats
 from vmem_kv.errors import ConfigError, InvalidRequest, RequestError, UnknownSession
 from vmem_kv.models import load
 from vmem_kv.tiers.sessions import Level

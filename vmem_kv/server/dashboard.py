@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.responses import HTMLResponse, Response
 
-from vmem_kv.engine.engine import EngineStats
+from vmem_kv.engine.stats import EngineStats
 from vmem_kv.engine.tier_stats import TierFigures
 from vmem_kv.server.metrics import Metrics
 from vmem_kv.server.readiness import readiness

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from vmem_kv.engine.async_engine import AsyncEngine, Health
-from vmem_kv.engine.engine import EngineStats
+from vmem_kv.engine.stats import EngineStats
 from vmem_kv.engine.tier_stats import TierFigures
 from vmem_kv.prefix.entry import PrefixStats
 
