@@ -87,7 +87,7 @@ def check_books(pool: PagePool, region: Region, slots: SlotTable) -> None:
 
 def _distinct_by_state(table: PageTable, slots: SlotTable) -> dict[SlotState, int]:
     """Pages by their slots' state; a shared one in the state that keeps it longest."""
-    counts = dict.fromkeys(SlotState, 0)
+    counts: dict[SlotState, int] = {}
     seen: set[Handle] = set()
     for state in (SlotState.ACTIVE, SlotState.RETIRED, SlotState.WARM, SlotState.COLD, SlotState.BROKEN):
         slot_ids = (SlotId(index) for index, found in enumerate(slots.state) if found is state)
@@ -99,8 +99,9 @@ def _distinct_by_state(table: PageTable, slots: SlotTable) -> dict[SlotState, in
 
 def _check_shared(table: PageTable, slots: SlotTable, slot_id: SlotId) -> None:
     """Verify that nobody will write what is shared."""
-    state, n_tokens = slots.state[slot_id], slots.n_tokens.get(slot_id, 0)
-    if state is SlotState.ACTIVE and table.n_shared_tokens(slot_id) > n_tokens:
+    state = slots.state[slot_id]
+    if state is SlotState.ACTIVE and table.n_shared_tokens(slot_id) > slots.n_tokens[slot_id]:
+        n_tokens = slots.n_tokens[slot_id]
         raise InvariantError(f"slot {slot_id} of {n_tokens} tokens shares {table.n_shared_tokens(slot_id)}")
     if state is SlotState.WARM and table.is_shared(slot_id):
         raise InvariantError(f"slot {slot_id} is to be adopted, and shares pages")

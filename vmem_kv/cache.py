@@ -446,6 +446,7 @@ class KVCache:
 
     def first_token(self, slot_id: SlotId) -> int:
         """The first token that `slide` has left of a sequence."""
+        self.pool.require_owner()
         with self.pool.lock:
             return self._slots.first_token.get(slot_id, 0)
 

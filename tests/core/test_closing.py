@@ -12,7 +12,7 @@ import pytest
 from vmem_kv.cache import KVCache
 from vmem_kv.driver.base import PassedFence
 from vmem_kv.errors import DriverError, InvariantError, UsageError
-from vmem_kv.testing import fail_kind
+from vmem_kv.testing import ManualFence, fail_kind
 
 from .bench import OpenBench, make_layout
 
@@ -50,6 +50,33 @@ def test_nobody_gets_a_slot_of_a_cache_that_is_closing(open_bench: OpenBench, mo
     assert bench.pool.n_owned == 0
     with pytest.raises(UsageError, match="closed"):
         bench.cache.ensure({})
+    bench.close()
+
+
+class ClosingFence(ManualFence):
+    """While somebody asks whether it has passed, another thread closes the cache."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.closes = False
+
+    def passed(self) -> bool:
+        if self.closes and not super().passed():
+            self.pass_()
+            self.cache.close()
+        return super().passed()
+
+
+def test_nobody_gets_a_slot_of_a_cache_that_was_closed_while_he_asked_for_one(open_bench: OpenBench) -> None:
+    bench = open_bench()
+    fence = ClosingFence(bench.cache)
+    bench.cache.retire(bench.grown(5), fence)
+    fence.closes = True
+    with pytest.raises(UsageError, match="closed"):
+        bench.cache.acquire()
+    assert bench.pool.n_owned == 0
+    assert bench.cache.active_slots() == []
     bench.close()
 
 

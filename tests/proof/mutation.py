@@ -52,9 +52,12 @@ TESTS = [
     "tests/core/test_sharing.py",
     "tests/core/test_sharing_edges.py",
     "tests/core/test_exchange.py",
+    "tests/core/test_audit.py",
     "tests/core/test_page_table.py",
     "tests/core/test_pending.py",
+    "tests/core/test_room.py",
     "tests/core/test_interruptions.py",
+    "tests/proof/test_rare_mistakes.py",
     "tests/proof/test_remaining_branches.py",
     "tests/proof/test_exact_values.py",
     "tests/core/test_rows.py",
@@ -70,7 +73,7 @@ ALSO_ABOUT = {
     "region": ["test_limits", "test_closing"],
     "rewiring": ["test_exchange", "test_sharing_edges"],
     "room": ["test_sharing", "test_limits"],
-    "unmapping": ["test_limits", "test_interruptions"],
+    "unmapping": ["test_limits", "test_interruptions", "test_rare_mistakes"],
 }
 """Tests about a module beside those that have its name."""
 
