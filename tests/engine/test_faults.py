@@ -25,10 +25,13 @@ from vmem_kv.driver.ledger import Ledger
 from vmem_kv.engine.async_engine import AsyncEngine
 from vmem_kv.engine.engine import Engine
 from vmem_kv.engine.llm import make_config
+from vmem_kv.engine.memory import SlotMemory
 from vmem_kv.engine.request import Request, SequenceUpdate
 from vmem_kv.engine.sampling_params import SamplingParams
-from vmem_kv.errors import ConfigError, DriverError, InvalidRequest, QueueFull
+from vmem_kv.errors import ConfigError, DriverError, InvalidRequest, QueueFull, UsageError
+from vmem_kv.layout import LayerSpec
 from vmem_kv.testing.adaptor import Adaptor
+from vmem_kv.testing.faults import FaultyDriver, driver_error, fail_kind
 
 from ..held import Held
 from .harness import WAIT_S, backend, engine_on, greedy, greedy_alone, n_pages_in_use, prompt_of, run, tokens
@@ -211,6 +214,94 @@ def test_a_storm_of_aborts_leaves_nothing() -> None:
         assert n_pages_in_use(engine) == 0
         assert stats.n_finished["error"] == 0
         check_good(run(engine, requests := good_requests()), requests)
+
+
+class Opened:
+    """Opens a driver of its own that can be made to fail, and keeps hold of it."""
+
+    driver: FaultyDriver
+
+    def __call__(self, device: torch.device, config: CacheConfig) -> Driver:
+        self.driver = FaultyDriver(open_backend("native", Ledger()))
+        return self.driver
+
+    def is_closed(self) -> bool:
+        """Whether it was closed, which it refuses while anything is reserved."""
+        try:
+            self.driver.inner.set_access([])
+        except UsageError:
+            return True
+        return False
+
+
+def filled(opened: Opened) -> SlotMemory:
+    """Slots that are active, warm, and that share pages."""
+    memory = SlotMemory(
+        CacheConfig(page_bytes=4096, layout="per_layer", max_bytes=64 * 4096),
+        [LayerSpec.uniform(1, 64, 2)] * 2,
+        torch.float16,
+        torch.device("cpu"),
+        n_slots=4,
+        max_tokens=256,
+        slack_tokens=0,
+        premap_tokens=0,
+        needs_rows=False,
+        open_driver=opened,
+    )
+    slots = [memory.acquire(100, "a") for _ in range(3)]
+    memory.grow(dict.fromkeys(slots, 100))
+    memory.grow({memory.fork(slots[0], 64): 128})
+    memory.retire(slots[1:2])
+    return memory
+
+
+def n_points_of_closing(operation: str) -> int:
+    opened = Opened()
+    memory = filled(opened)
+    opened.driver.begin_count()
+    memory.close()
+    return sum(point.operation == operation for point in opened.driver.points)
+
+
+@pytest.mark.parametrize("operation", ["unmap", "release", "free_reservation", "fence"])
+def test_closing_gets_by_any_one_call_that_fails(operation: str) -> None:
+    n_points = n_points_of_closing(operation)
+    assert n_points
+    for n_th in range(1, n_points + 1):
+        opened = Opened()
+        memory = filled(opened)
+        with opened.driver.failing(fail_kind(operation, n_th, driver_error())):
+            memory.close()
+            assert len(opened.driver.faults) == 1
+        assert opened.is_closed()
+        assert memory.pool.n_owned == memory.pool.n_quarantined == (1 if operation == "release" else 0)
+        memory.close()
+
+
+@pytest.mark.parametrize("operation", ["unmap", "free_reservation", "fence"])
+def test_what_stays_refused_is_said_as_it_was_and_closing_again_tries_again(operation: str) -> None:
+    opened = Opened()
+    memory = filled(opened)
+    plan = fail_kind(operation, None, driver_error())
+    with opened.driver.failing(plan), pytest.raises(DriverError, match="EIO") as caught:
+        memory.close()
+    assert caught.value.operation == operation
+    assert not opened.is_closed()
+    memory.close()
+    assert opened.is_closed()
+    assert memory.pool.n_owned == 0
+
+
+@pytest.mark.parametrize("route", ["packed", "rows"])
+def test_an_engine_that_could_not_be_closed_says_why_and_is_closed_again(route: str) -> None:
+    opened = Opened()
+    engine = Engine(copy.deepcopy(build_model("llama")), None, make_config(route=route, premap_tokens=0), opened)
+    run(engine, [Request(prompt_of(30), greedy(3))])
+    with opened.driver.failing(fail_kind("unmap", None, driver_error())), pytest.raises(DriverError, match="EIO"):
+        engine.close()
+    assert not opened.is_closed()
+    engine.close()
+    assert opened.is_closed()
 
 
 def test_engines_beside_and_after_each_other_leave_nothing() -> None:

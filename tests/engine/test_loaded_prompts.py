@@ -463,6 +463,23 @@ def test_a_script_computes_a_prompt_once_and_later_scripts_never(tmp_path: Path)
         assert llm.generate("w5 w6 w7 w8", params, progress=False)[0].n_cached_tokens == 3
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_prompt_that_was_saved_is_a_cached_prefix_here(tmp_path: Path, prefix_caching: bool) -> None:
+    with script(prefix_caching=prefix_caching) as llm:
+        llm.save_prompt(SYSTEM, tmp_path / "it")
+        stats = llm.stats().tiers
+        assert stats is not None
+        assert (sum(stats.n_sessions_by_tier.values()), stats.host.taken_bytes) == (0, 0)
+        assert bool(llm.engine.memory.cache.active_slots()) is prefix_caching
+        prompt = (*SYSTEM, *prompt_of(5, 1))
+        params = greedy(4, ignore_eos=True)
+        (output,) = llm.generate([prompt], params, progress=False)
+        assert output.n_cached_tokens == (len(SYSTEM) if prefix_caching else 0)
+        expected = greedy_alone("llama", prompt, 4)
+        assert list(output.answers[0].token_ids[: len(expected)]) == expected
+        llm.engine.slots.check()
+
+
 def test_a_prompt_that_cannot_be_saved_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "it"
     with script(prefix_min_tokens=16) as llm:

@@ -246,6 +246,49 @@ def test_whoever_ends_on_the_way_leaves_nothing(end: str, state: str, prefix_cac
         assert figures(engine).n_moving == 0
 
 
+@pytest.mark.parametrize("state", ["leaving", "parked", "arriving", "arrived"])
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
+def test_a_conversation_that_is_left_while_it_is_parked_keeps_what_was_computed(
+    state: str, reason: FinishReason
+) -> None:
+    with by_hand(prefix_caching=False) as (engine, hands):
+        _, second, said = two(engine, session_id="one")
+        park(engine)
+        step(engine)
+        if state != "leaving":
+            hands.let_go()
+            engine.slots.settle()
+        if state in ("arriving", "arrived"):
+            step(engine)
+            assert figures(engine).n_moving == 1
+        if state == "arrived":
+            hands.let_go()
+        engine._end(list(engine._requests[second.request_id]), reason)
+        hands.let_go()
+        engine.tend()
+        engine.slots.check()
+        stats = figures(engine)
+        if reason is FinishReason.ERROR:
+            assert (sum(stats.sessions[:4]), stats.host.taken_bytes) == (0, 0)
+            return
+        assert level(engine, "one") is Level.HOST
+        assert stats.host.spare_bytes == 0  # it is nowhere else
+        assert go_on(engine, hands, (*second.prompt_token_ids, *said)) == 30 + len(said) - 1
+
+
+def test_what_is_left_late_replaces_no_later_turn() -> None:
+    with by_hand(prefix_caching=False) as (engine, hands):
+        _, second, _ = two(engine, session_id="one")
+        park(engine)
+        engine.abort(second.request_id)
+        later = Request(prompt_of(12, 5), greedy(4, ignore_eos=True), session_id="one")
+        run_request(engine, later)
+        hands.let_go()
+        engine.tend()
+        assert (level(engine, "one"), tokens_known(engine, "one")) == (Level.DEVICE, 15)
+        assert figures(engine).host.taken_bytes == 0
+
+
 def test_an_engine_at_rest_takes_up_what_passes() -> None:
     with by_hand(prefix_caching=False) as (engine, hands):
         request = Request(prompt_of(20), greedy(30))
@@ -600,7 +643,8 @@ def test_a_session_that_is_ended_on_its_way_back_is_computed(tmp_path: Path, dep
         engine.add(request)
         step(engine, 2)
         if forgets:
-            engine.forget_session("one")
+            assert engine._sessions is not None
+            engine._sessions._sessions.give_up("one")  # for another one's place
         else:
             (hands.copies if depth == 1 else hands.files).fail(BROKEN if depth == 1 else OSError(5, "broken disk"))
         said = finish(engine, hands)

@@ -327,7 +327,7 @@ def test_two_at_once_of_one_name_both_answer_and_the_later_one_is_kept() -> None
         engine.add(first)
         engine.add(second)
         engine.step()
-        with pytest.raises((SessionInUse, UnknownSession)):
+        with pytest.raises(SessionInUse):
             engine.park_session("one")
         answers = run(engine)
         assert len(answers) == 2
@@ -336,6 +336,32 @@ def test_two_at_once_of_one_name_both_answer_and_the_later_one_is_kept() -> None
         assert (stats.n_on_device, stats.n_in_use) == (1, 0)
         said = greedy_alone("llama", second.prompt_token_ids, 12)
         assert ask(engine, (*second.prompt_token_ids, *said, 3)).n_cached_tokens == 41
+
+
+@pytest.mark.parametrize("level", [None, Level.DEVICE, Level.DISK], ids=["first turn", "device", "disk"])
+def test_whoever_runs_has_the_name_also_where_no_session_is_left(tmp_path: Path, level: Level | None) -> None:
+    """One in its first turn has none yet; one that says something else has given it up."""
+    prompt = prompt_of(30)
+    with sessions_on(tmp_path, prefix_caching=False) as engine:
+        if level is not None:
+            ask(engine, prompt)
+        if level is Level.DISK:
+            assert [engine.park_session("one") for _ in range(2)] == [Level.HOST, Level.DISK]
+        other = tuple(t for t in prompt_of(40, 9) if t != prompt[0])
+        engine.add(Request(other, greedy(6, ignore_eos=True), session_id="one"))
+        engine.step()
+        assert figures(engine).n_in_use == 0
+        calls: list[Callable[[], object]] = [
+            lambda: engine.park_session("one"),
+            lambda: engine.forget_session("one"),
+            lambda: engine.save_session("one", tmp_path / "file"),
+        ]
+        for call in calls:
+            with pytest.raises(SessionInUse, match="'one' is in use by a request"):
+                call()
+        run(engine)
+        for call in (calls[2], calls[0], calls[1]):
+            call()
 
 
 def test_of_several_answers_the_first_is_what_goes_on() -> None:

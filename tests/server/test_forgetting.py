@@ -33,7 +33,9 @@ def code_of(response: httpx.Response) -> tuple[int, str | None]:
     return response.status_code, response.json().get("error", {}).get("code")
 
 
-@pytest.mark.parametrize("name", ["tea", "x" * 256, "\0", "a/b/../c", "../../etc/passwd", "\u2028é ?#%2F"])
+@pytest.mark.parametrize(
+    "name", ["tea", "x" * 256, "\0", "a/b/../c", "../../etc/passwd", "\u2028é ?#%2F", "\n", "a\nb\n\n"]
+)
 def test_a_client_deletes_what_it_left(sessions: Running, name: str) -> None:
     for _ in range(2):  # and the second time it begins with nothing
         data = sessions.post("completions", prompt=LONG, session_id=name).json()
@@ -43,6 +45,22 @@ def test_a_client_deletes_what_it_left(sessions: Running, name: str) -> None:
         assert (response.status_code, response.json()["deleted"]) == (200, True)
         assert response.json()["id"] == name
         assert code_of(delete(sessions, name)) == (404, "session_not_found")
+
+
+@pytest.mark.parametrize("names", [("tea", "tea\n"), ("tea\n", "tea")])
+def test_a_name_is_compared_to_its_last_character(sessions: Running, names: tuple[str, str]) -> None:
+    for name in names:
+        sessions.post("completions", prompt=LONG, session_id=name)
+        until(sessions.is_idle)
+    first, second = names
+    assert delete(sessions, first).json()["id"] == first
+    assert code_of(delete(sessions, first)) == (404, "session_not_found")
+    assert delete(sessions, second).json()["id"] == second
+
+
+def test_no_other_name_is_taken_for_the_model(sessions: Running) -> None:
+    assert sessions.client.get("/v1/models/tiny").status_code == 200
+    assert code_of(sessions.client.get("/v1/models/tiny%0A")) == (404, "model_not_found")
 
 
 def check_strangers(running: Running) -> None:

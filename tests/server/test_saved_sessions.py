@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,12 @@ from vmem_kv.errors import ConfigError, UsageError
 from vmem_kv.server.auth import Keys
 from vmem_kv.server.preload import Preload
 from vmem_kv.server.schemas import ListAsk
-from vmem_kv.server.session_folder import Owner, SessionFolder
+from vmem_kv.server.session_folder import STALE_S, Owner, SessionFolder
+from vmem_kv.tiers.files import save as save_file
 
 from ..engine.harness import held_after
+from ..tiers.bench import TierBench
+from ..tiers.test_files import IDENTITY
 from .harness import PATHS, WAIT_S, Running, good, serving, text_of, until
 from .test_commands import process, run
 from .test_forgetting import code_of
@@ -303,6 +307,128 @@ def test_others_are_answered_while_a_file_is_written(saving: Running, monkeypatc
     forget(saving)
 
 
+def test_a_name_with_a_line_end_reaches_no_other_file(saving: Running) -> None:
+    say(saving)
+    assert save(saving, "one").status_code == 200
+    response = delete(saving, "one\n")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "name")
+    assert listed(saving) == ["one"]
+    forget(saving)
+
+
+def test_what_is_no_plain_file_is_no_saved_session(saving: Running, folder: Path) -> None:
+    say(saving)
+    assert save(saving, "plain").status_code == 200
+    forget(saving)
+    [plain] = folder.rglob("plain.session")
+    made, link = plain.with_name("made.session"), plain.with_name("link.session")
+    made.mkdir()
+    link.symlink_to(plain)
+    try:
+        assert listed(saving) == ["plain"]
+        for name in ("made", "link"):
+            assert code_of(load(saving, name)) == (404, "saved_session_not_found")
+            assert code_of(delete(saving, name)) == (404, "saved_session_not_found")
+        assert (made.is_dir(), link.is_symlink()) == (True, True)
+        with SessionFolder(folder, 2).saving(Owner(b"", None), "second"):  # only `plain` counts
+            pass
+    finally:
+        made.rmdir()
+        link.unlink()
+    assert load(saving, "plain").status_code == 200
+    forget(saving)
+
+
+def test_a_folder_that_refuses_is_said(
+    tiny_model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "everybody").write_bytes(b"")
+    with serving(tiny_model_folder, saves_in=SessionFolder(tmp_path), **FIELDS) as running:
+        for what, response in (
+            ("list", running.client.get(ROUTE)),
+            ("load", load(running, "one")),
+            ("delete", delete(running, "one")),
+        ):
+            assert response.status_code == 500
+            assert response.json()["error"]["message"] == f"The server could not {what} this client's saved sessions."
+    noted = [str(vars(record)) for record in caplog.records if "no saved session to" in record.message]
+    assert ["NotADirectoryError" in text for text in noted] == [True] * 3
+    assert str(tmp_path) not in str([vars(record) for record in caplog.records])
+
+
+def test_a_file_that_the_system_does_not_let_go_of_stays(saving: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    say(saving)
+    assert save(saving, "one").status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        response = delete(saving, "one")
+    assert response.status_code == 500
+    assert "could not delete" in response.json()["error"]["message"]
+    assert listed(saving) == ["one"]
+    assert delete(saving, "one").status_code == 200
+    forget(saving)
+
+
+def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    salted = SessionFolder(tmp_path).file(Owner(b"k", "salt"), "b")
+    folders = [tmp_path / "everybody", salted.parent]
+    parts = [".a.session.x1_y2z3w.part", f".{salted.name}.abcdefgh.part"]
+    others = ["a.session", "a.session.x.part", ".a.session.part", ".a.txt.x.part", ".a b.session.x.part", ".part"]
+    old_s = time.time() - 2 * STALE_S
+
+    def put(path: Path, *, is_old: bool) -> Path:
+        path.write_bytes(b"x")
+        if is_old:
+            os.utime(path, (old_s, old_s))
+        return path
+
+    stale, kept = [], []
+    for folder in folders:
+        folder.mkdir()
+        stale += [put(folder / name, is_old=True) for name in parts]
+        kept += [put(folder / name, is_old=True) for name in others]
+        kept.append(put(folder / ".new.session.x.part", is_old=False))
+        (folder / ".folder.session.x.part").mkdir()
+        (folder / ".link.session.x.part").symlink_to(tmp_path / "missing")
+        os.utime(folder / ".link.session.x.part", (old_s, old_s), follow_symlinks=False)
+        kept += [folder / ".folder.session.x.part", folder / ".link.session.x.part"]
+    for foreign in (tmp_path, tmp_path / "foreign"):
+        foreign.mkdir(exist_ok=True)
+        kept.append(put(foreign / parts[0], is_old=True))
+    (tmp_path / ("0" * 32)).symlink_to(tmp_path / "foreign")
+    SessionFolder(tmp_path)
+    assert [path for path in stale if path.exists()] == []
+    assert [path for path in kept if not os.path.lexists(path)] == []
+
+
+def test_a_killed_save_leaves_a_name_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    tiers = TierBench(backend="native")
+    with tiers.host.filling(tiers.layout, range(3)) as copy:
+        pass
+    with monkeypatch.context() as patch, SessionFolder(tmp_path).saving(Owner(b"", "salt"), "one") as file:
+        patch.setattr(os, "posix_fallocate", kill)
+        patch.setattr(os, "unlink", kill)
+        with pytest.raises(Killed):
+            save_file(file, tiers.host, copy, IDENTITY)
+    [part] = file.parent.iterdir()
+    SessionFolder(tmp_path)
+    assert part.exists()
+    os.utime(part, (0, 0))
+    SessionFolder(tmp_path)
+    assert not part.exists()
+    tiers.host.drop(copy)
+    tiers.end()
+
+
 def test_a_folder_that_went_is_a_failure_of_ours(tiny_model_folder: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -367,13 +493,14 @@ def test_a_request_says_how_long_its_session_stays(saving: Running, endpoint: st
     def n_kept() -> int:
         tiers = saving.engine.snapshot().tiers
         assert tiers is not None
-        return sum(tiers.n_sessions_by_tier.values())
+        return tiers.n_sessions_by_tier["device"]
 
     assert saving.post(endpoint, session_id="long", session_ttl=60).status_code == 200
     assert n_kept() == 1
     assert saving.post(endpoint, session_id="short", session_ttl=0).status_code == 200
-    until(lambda: n_kept() == 1)  # a minute and ten later without that
+    until(lambda: n_kept() == 1)  # a minute later without that
     forget(saving, "long")
+    forget(saving, "short")
     for fields, code in (
         ({"session_ttl": 60.5, "session_id": "a"}, "decimal_above_max_value"),
         ({"session_ttl": -1, "session_id": "a"}, "decimal_below_min_value"),

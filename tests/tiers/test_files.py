@@ -201,8 +201,10 @@ def test_what_is_well_formed_but_not_ours_is_refused(tmp_path: Path) -> None:
     refuse(data, "30 tokens; a slot of this cache holds 29", make_layout(max_tokens=29))
     other = Layout.build("per_layer", [LayerSpec.uniform(1, 8, 2)], n_slots=1, max_tokens=48, page_bytes=PAGE)
     refuse(data, "2 layers are not those", other)
-    refuse(b"", "truncated")
-    refuse(b"#!/bin/sh\n" * 100, "no sequence that vmem_kv saved")
+    for n_bytes in (0, 3, len(files.MAGIC), 55):
+        refuse(data[:n_bytes], f"truncated: it ends at byte {n_bytes}")
+    for foreign in (b"#!/bin/sh\n" * 100, b"#!/bin/sh\nexit 0\n", b"x", b"vmem_kv\r"):
+        refuse(foreign, "no sequence that vmem_kv saved")
     refuse(put_together(b"{}", rows, version=2), "version 2 of the format; this is version 1")
     refuse(put_together(b"{}", rows, version=0), "version 0")
     refuse(put_together(b"", rows), "header has 0 bytes")

@@ -359,6 +359,31 @@ def test_what_a_session_holds_of_its_own_goes_before_it_is_lost(open_tiers: Open
     desk.end()
 
 
+def test_a_copy_that_is_read_for_a_file_will_do_where_it_holds_everything(
+    open_tiers: OpenTiers, tmp_path: Path
+) -> None:
+    """Host memory holds both sessions, and no third copy."""
+    bench = open_tiers(n_frames=30)
+    desk = Desk(bench, tmp_path)
+    desk.keep("other", TOKENS[:40])
+    assert desk.sessions.demote("other") is Level.HOST
+    desk.keep("mine", [7] * 40)
+    copy = desk.sessions.copy_of("mine")
+    bench.host.hold(copy)
+    n_taken, n_moved = bench.frames.n_taken, bench.host.stats().out_bytes
+    assert desk.sessions.copy_of("mine") is copy
+    assert desk.sessions.demote("mine") is Level.HOST
+    assert (desk.level("other"), bench.frames.n_taken, bench.host.stats().out_bytes) == (Level.HOST, n_taken, n_moved)
+    assert bench.host.stats().spare_bytes == 0  # the slot has gone
+    bench.host.release(copy)
+    slot, _ = desk.sessions.resume("mine")
+    assert bench.holds(slot, [7] * 40)
+    desk.sessions.forget("mine")
+    bench.cache.retire(slot, bench.cache.fence())
+    bench.check()
+    desk.end()
+
+
 @pytest.mark.parametrize("seconds", [(10,), (10, 100)], ids=["host", "disk"])
 def test_a_session_that_is_asked_for_does_not_make_room(
     open_tiers: OpenTiers, tmp_path: Path, seconds: tuple[float, ...]

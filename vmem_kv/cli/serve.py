@@ -225,8 +225,8 @@ def serve(
     With --host-memory, requests may name a conversation: `"session_id": "..."`, up to 256 characters, in the body of
     both endpoints. The next request of that name computes only what is new. The name is good for one API key and one
     `cache_salt`. A session that waits blocks nobody: it leaves the device after --session-ttl, or when pages run short,
-    for host memory, and that for --disk-folder. `"session_ttl": S` has one leave it earlier, or up to --max-session-ttl
-    later.
+    for host memory, and that for --disk-folder. `"session_ttl": S` has one leave it earlier, at 0 at once, or up to
+    --max-session-ttl later.
 
     **Saved sessions**
 

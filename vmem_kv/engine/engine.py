@@ -352,7 +352,8 @@ class Engine:
         """End what is unfinished, leave the model as it was found, give the memory back. Idempotent.
 
         Raises:
-            DriverError: The device is lost. All of it was done all the same.
+            DriverError: The device is lost, or did not let go of some memory, which calling again tries again. All
+                the rest was done all the same.
         """
         with ExitStack() as stack:
             stack.callback(self._unpack)

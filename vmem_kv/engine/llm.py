@@ -211,6 +211,8 @@ class LLM:
     def save_prompt(self, prompt: Prompt | Sequence[Message], path: str | Path) -> int:
         """Compute a prompt and write it to a file, from which `load_prompt` takes it: a system prompt, most often.
 
+        Here it is a cached prefix then, like that of any other request.
+
         Args:
             prompt: A text, tokens, or the messages that a conversation begins with, written as `chat` writes them.
             path: The file; one of that name is replaced.
@@ -223,6 +225,7 @@ class LLM:
             ConfigError: No sessions are kept here (set `host_bytes`), or the model has no chat template.
             RequestError: It could not be computed.
             OutOfHostMemory, OutOfDiskSpace, FileError, DriverError: As `Engine.save_session`.
+            UnknownSession: It was computed, and its rows could not be kept until they were written.
             DriverError, InvariantError: The engine is of no more use.
         """
         self.engine.saved.require()
@@ -240,7 +243,7 @@ class LLM:
             self.engine.save_session(session_id, path)
         finally:
             with suppress(UnknownSession):
-                self.engine.forget_session(session_id)
+                self.engine.saved.forget_prompt(session_id)
         return len(tokens)
 
     def load_prompt(self, path: str | Path) -> int:

@@ -8,7 +8,7 @@ Assumes: one thread, apart from the premapping one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -66,6 +66,7 @@ class SlotMemory:
         self.dtype = dtype
         self.slack_tokens = slack_tokens
         self._retiring: list[SlotId] = []
+        self._is_freed = False
         driver = open_driver(device, config)
         try:
             has_even_rows = all(layer.key.head_bytes == layer.value.head_bytes for layer in layers)
@@ -247,21 +248,41 @@ class SlotMemory:
         self.cache.settle()
 
     def close(self) -> None:
-        """Give everything back. Idempotent."""
+        """Give everything back. Idempotent.
+
+        Raises:
+            DriverError: Something could not be given back, nor when it was tried again; the rest was. Calling again
+                tries again. A lost device is no error: it took its memory back.
+            UsageError: Host memory is still pinned; close its tier, then this again.
+        """
         if self.premapper is not None:
             self.premapper.stop()
         if self._tensors.let_go():
             self._free()
 
     def _free(self) -> None:
-        try:
-            self.cache.retire(self.cache.active_slots())
-            self.cache.settle()
-            self.cache.close()
-            self.pool.trim()
-        except VmemError as error:  # nobody can do better at this point; the driver forgets the rest
-            _LOG.warning("closing the engine's memory: %s", error)
-        self.pool.driver.close()
+        if self._is_freed:
+            return
+        failures: list[VmemError] = []
+
+        def succeeds(step: Callable[[], object]) -> bool:
+            try:
+                step()
+            except VmemError as error:
+                _LOG.warning("closing the engine's memory: %s", error)
+                failures.append(error)
+                return False
+            return True
+
+        for _ in range(2):  # closing a cache again tries again what is stuck in it
+            succeeds(lambda: self.cache.retire(self.cache.active_slots()))
+            succeeds(self.cache.settle)
+            if succeeds(self.cache.close):
+                break
+        succeeds(self.pool.trim)  # pages whose release fails go with the driver
+        if not succeeds(self.pool.driver.close):
+            raise failures[0]  # the others follow from it
+        self._is_freed = True
 
     def _free_warm_pages(self, wanted: Mapping[SlotId, int]) -> None:
         """Take from slots that nobody owns what these lengths need and the pool would have to create.

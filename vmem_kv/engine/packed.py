@@ -271,7 +271,7 @@ class PackedRoute:
         if self._layers:
             self._layers = ()
             self._model.set_attn_implementation(self._stock_attention)
-            self.memory.close()
+        self.memory.close()
 
     def _probe(self) -> list[_Seen]:
         probes: list[_Probe] = []

@@ -2,7 +2,7 @@
 
     pause    the rows go to host memory, then the slot goes back
     begin    again: the rows come back from there, and nothing is computed twice
-    end      the host copy goes
+    end      the host copy goes, to its session where it has one
 
 Nobody waits for copies; in every step what has passed is taken up:
 
@@ -63,6 +63,7 @@ class _Leaving:
     tokens: list[int]
     parking: Parking | None = None  # None: host memory for it comes when sessions have gone to disk
     is_wanted: bool = True  # not since the sequence has ended
+    is_sound: bool = True  # whether its session may go on with it then
 
 
 class ParkingSlots(SlotsOver):
@@ -136,8 +137,9 @@ class ParkingSlots(SlotsOver):
                 self._arrivals.drop(sequence)
                 if sequence in self._leaving:
                     self._leaving[sequence].is_wanted = False
+                    self._leaving[sequence].is_sound = is_sound
                 else:
-                    self._drop(sequence)
+                    self._leave_behind(sequence, is_sound=is_sound)
             self._settle()
             self._show()
 
@@ -257,7 +259,14 @@ class ParkingSlots(SlotsOver):
             self._moves.leaving.discard(leaving.slot_id)
             self._inner.give_back(leaving.slot_id)
             if not leaving.is_wanted:
-                self._drop(sequence)
+                self._leave_behind(sequence, is_sound=leaving.is_sound)
+
+    def _leave_behind(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Let the session of a sequence that has ended go on with its host copy where it has no slot, or drop that."""
+        copy = self._copies.get(sequence)
+        if copy is not None and is_sound and self._sessions.adopt(sequence, copy):
+            del self._copies[sequence]
+        self._drop(sequence)
 
     # One that comes back
 

@@ -45,7 +45,9 @@ class Request:
             of that name and domain goes on in it, as far as its prompt begins with the same tokens. Without host memory
             (`EngineConfig.host_bytes`) it means nothing.
         session_ttl_s: How long the session keeps its slot after this request, where nobody asks for it: at most
-            `EngineConfig.max_session_ttl_s`; default: `EngineConfig.session_ttl_s`.
+            `EngineConfig.max_session_ttl_s`; default: `EngineConfig.session_ttl_s`. In host memory it stays for ten
+            times that, on disk for sixty times, and nowhere there for less than by default: 0 gives the slot back at
+            once, and its rows wait as usual.
         request_id: Made by us, never by a client.
     """
 

@@ -47,4 +47,8 @@ class Route(Protocol):
         """Forget a sequence that ended or was preempted."""
 
     def close(self) -> None:
-        """Leave the model as it was found, and give the memory back. Idempotent."""
+        """Leave the model as it was found, and give the memory back. Idempotent.
+
+        Raises:
+            DriverError: As `SlotMemory.close`: calling again tries again.
+        """

@@ -102,10 +102,9 @@ class RowsRoute:
         self._states.pop(sequence, None)
 
     def close(self) -> None:
-        if self._kv:
-            self._kv = {}
-            self._states = {}
-            self.memory.close()
+        self._kv = {}
+        self._states = {}
+        self.memory.close()
 
     def _passes(self, chunks: list[Chunk]) -> Iterator[RowsPass]:
         together: list[Chunk] = []

@@ -94,6 +94,7 @@ class SavedSessions:
             VmemError: As `Engine.save_session`, but for what the file fails with: the task says that.
         """
         sessions, _, host, carriers = self.require()
+        _check_name(session_id)
         _check_path(path)
         self.settle()
         identity = self.identity()
@@ -123,13 +124,26 @@ class SavedSessions:
     def load(self, session_id: str, path: str | Path, domain: str, ttl_s: float | None) -> None:
         """Begin a session with what a file holds. See `Engine.load_session`."""
         sessions = self.require().sessions
-        if not is_session_id(session_id):
-            raise UsageError(f"session_id must be a text of 1 to {MAX_SESSION_CHARACTERS} characters")
-        if ttl_s is not None and not ttl_s >= 0:
-            raise UsageError(f"ttl_s is {ttl_s!r}; it must be 0 or more seconds")
+        _check_name(session_id)
+        is_number = isinstance(ttl_s, (int, float)) and not isinstance(ttl_s, bool)
+        if ttl_s is not None and not (is_number and ttl_s >= 0):
+            raise UsageError(f"ttl_s is {ttl_s!r:.40}; it must be 0 or more seconds")
         _check_path(path)
         self.settle()
         sessions.load(session_id, domain, path, self.identity(), ttl_s)
+
+    def forget_prompt(self, session_id: str) -> None:
+        """End a session that was there to be saved as a prompt. What it has on the device is a cached prefix then.
+
+        Raises:
+            UnknownSession: There is none of that name.
+            SessionInUse: A request has it.
+            DriverError: Its slot could not be given back.
+        """
+        try:
+            self.require().sessions.give_up_name(session_id, "")
+        finally:
+            self._slots.source.settle()
 
     def load_prompt(self, path: str | Path, domain: str | None) -> int:
         """Take in a prompt. See `Engine.load_prompt`."""
@@ -143,6 +157,11 @@ class SavedSessions:
             except OutOfHostMemory:
                 if not sessions.make_host_room(waits=True):
                     raise
+
+
+def _check_name(session_id: str) -> None:
+    if not is_session_id(session_id):
+        raise UsageError(f"session_id must be a text of 1 to {MAX_SESSION_CHARACTERS} characters")
 
 
 def _check_path(path: str | Path) -> None:

@@ -6,7 +6,8 @@
     end      the slot is kept under the name; time moves it to host memory, to disk, and away (tiers/sessions.py)
     room     a session that waits blocks nobody: where pages or slots are short, it goes to host memory before its time
 
-A name is claimed by the sequence that has begun with it. Another one of that name runs meanwhile as if it had none;
+A name is claimed by the sequence that has begun with it, or waits to: its session is in use, wherever that is, and
+also where there is none yet. Another one of that name runs meanwhile as if it had none;
 whoever ends last, and nobody else has the name then, is what the session goes on with. Of several answers to a request
 the first has the name.
 
@@ -90,7 +91,8 @@ class SessionSlots(SlotsOver):
         host: The second tier, that of the sessions.
         disk: The third tier, or None; closed with this.
         moves: What is on its way, for the scheduler.
-        stay: How long a session stays at each level whose request does not say it (`Request.session_ttl_s`).
+        stay: How long a session stays at each level whose request does not say it (`Request.session_ttl_s`), and below
+            the device at least.
         max_pages: The most pages that only sessions on the device may hold.
         max_sessions: The most sessions. One more, and of whoever has most the one that is next to go goes.
         min_tokens: Shorter ones are computed again: that costs less than looking after them.
@@ -180,6 +182,21 @@ class SessionSlots(SlotsOver):
             self._inner.end(others, is_sound=is_sound)
         self._fit()
 
+    def adopt(self, sequence: Sequence, copy: HostCopy) -> bool:
+        """Keep the host copy of a sequence that has lost its slot under its name; return whether that was done.
+
+        For one that has ended. A later one that has the name by now, or has left a session, is not touched. What is
+        kept is the sessions' from then on.
+        """
+        name = _name_of(sequence)
+        if name is None or name in self._claims or self._level(name) is not None:
+            return False
+        if copy.n_tokens < self._min_tokens or not self._vacate(name):
+            return False
+        stay = self._stay_of(sequence.request.session_ttl_s)
+        self._sessions.adopt(name.session_id, copy, stay, domain=name.domain)
+        return True
+
     def go_on(self, sequence: Sequence, slot_id: SlotId, n_tokens: int) -> None:
         name = _name_of(sequence)
         if name is not None:
@@ -241,14 +258,24 @@ class SessionSlots(SlotsOver):
     # For operators
 
     def demote(self, session_id: str, domain: str) -> Level | None:
-        """Move a session one level down before its time; return where it is then. See `Sessions.demote`."""
+        """Move a session one level down before its time; return where it is then. See `Sessions.demote`.
+
+        Raises:
+            SessionInUse: A request of that name has begun, or waits to. Nothing changed.
+        """
+        self._require_unclaimed(Name(domain, session_id), "move")
         try:
             return self._sessions.demote(session_id, domain=domain)
         finally:
             self._reconcile()
 
     def copy_of(self, session_id: str, domain: str) -> HostCopy:
-        """Return an up-to-date host copy of a session that waits, for it to be saved. See `Sessions.copy_of`."""
+        """Return an up-to-date host copy of a session that waits, for it to be saved. See `Sessions.copy_of`.
+
+        Raises:
+            SessionInUse: A request of that name has begun, or waits to. Nothing changed.
+        """
+        self._require_unclaimed(Name(domain, session_id), "save")
         try:
             return self._sessions.copy_of(session_id, domain=domain)
         finally:
@@ -260,15 +287,13 @@ class SessionSlots(SlotsOver):
         """Begin a session with what a file holds. See `Sessions.load`.
 
         Raises:
-            SessionInUse: A request of that name has begun. Nothing changed.
+            SessionInUse: A request of that name has begun, or waits to. Nothing changed.
             CapacityError: There are `max_sessions`, and none of them can be given up now. Nothing changed.
         """
         name = Name(domain, session_id)
-        if name in self._claims:
-            raise SessionInUse(f"a request of session {session_id!r} runs; load it when that one has ended")
-        stay = self._stay if ttl_s is None else stay_of(ttl_s)
+        self._require_unclaimed(name, "load")
         try:
-            self._sessions.load(session_id, path, identity, stay, domain=domain)
+            self._sessions.load(session_id, path, identity, self._stay_of(ttl_s), domain=domain)
             if not self._make_place(name):
                 self._sessions.forget(session_id, domain=domain)
                 raise CapacityError(f"there are {self._max_sessions} sessions, and none can be given up; try again")
@@ -276,11 +301,29 @@ class SessionSlots(SlotsOver):
             self._reconcile()
 
     def forget(self, session_id: str, domain: str) -> None:
-        """End a session that waits, wherever it is. See `Sessions.forget`."""
-        if self._level(Name(domain, session_id)) is Level.IN_USE:
-            raise SessionInUse(f"session {session_id!r} is in use by a request; forget it when that one has ended")
+        """End a session that waits, wherever it is. See `Sessions.forget`.
+
+        Raises:
+            SessionInUse: A request of that name has begun, or waits to. Nothing changed.
+        """
+        self._require_unclaimed(Name(domain, session_id), "forget")
         try:
             self._sessions.forget(session_id, domain=domain)
+        finally:
+            self._reconcile()
+
+    def give_up_name(self, session_id: str, domain: str) -> None:
+        """As `forget`, but where the session has a slot, that goes where those of sequences without a name go."""
+        name = Name(domain, session_id)
+        self._require_unclaimed(name, "forget")
+        try:
+            slot_id = None
+            if self._level(name) is Level.DEVICE:
+                slot_id = self._sessions.resume(session_id, domain=domain).slot_id
+                del self._kept[slot_id]
+            self._sessions.forget(session_id, domain=domain)
+            if slot_id is not None:
+                self._inner.give_back(slot_id)
         finally:
             self._reconcile()
 
@@ -316,6 +359,18 @@ class SessionSlots(SlotsOver):
             _LOG.warning("closing sessions: %s", error)
 
     # Below: one session
+
+    def _require_unclaimed(self, name: Name, what: str) -> None:
+        """Raise SessionInUse where a sequence has the name. Its session may be anywhere then, or not be there yet."""
+        if name in self._claims:
+            raise SessionInUse(f"session {name.session_id!r} is in use by a request; {what} it when that one has ended")
+
+    def _stay_of(self, ttl_s: float | None) -> Stay:
+        """How long a session stays where of which that is said: below the device never shorter than usual."""
+        if ttl_s is None:
+            return self._stay
+        usual, stay = self._stay, stay_of(ttl_s)
+        return Stay(stay.device_s, max(stay.host_s, usual.host_s), max(stay.disk_s, usual.disk_s))
 
     def _begin_below(self, sequence: Sequence, expected_tokens: int) -> Start | None:
         memory, leaving = self._memory, self._moves.leaving
@@ -398,12 +453,7 @@ class SessionSlots(SlotsOver):
     def _retain(self, sequence: Sequence, name: Name) -> bool:
         """Keep an ended sequence's slot under its name; return whether that was done."""
         slot_id, n_tokens = sequence.slot_id, sequence.n_computed
-        if slot_id is None or n_tokens < self._min_tokens:
-            return False
-        self.n_changes += 1
-        if self._level(name) not in _NOT_WAITING and not self._forget(name):
-            return False
-        if not self._make_place(name):
+        if slot_id is None or n_tokens < self._min_tokens or not self._vacate(name):
             return False
         try:
             self._memory.cut(slot_id, n_tokens)
@@ -412,11 +462,15 @@ class SessionSlots(SlotsOver):
             _LOG.warning("a session could not be kept: %s", error)
             return False
         self._inner.keep(sequence)
-        tokens, ttl_s = sequence.token_ids[:n_tokens], sequence.request.session_ttl_s
-        stay = self._stay if ttl_s is None else stay_of(ttl_s)
+        tokens, stay = sequence.token_ids[:n_tokens], self._stay_of(sequence.request.session_ttl_s)
         self._sessions.retain(name.session_id, slot_id, tokens, stay, domain=name.domain)
         self._kept[slot_id] = name
         return True
+
+    def _vacate(self, name: Name) -> bool:
+        """Let nothing wait under a name, and there be a place for what will; return whether that can be."""
+        self.n_changes += 1
+        return (self._level(name) in _NOT_WAITING or self._forget(name)) and self._make_place(name)
 
     def _make_place(self, newcomer: Name) -> bool:
         """Let one more session be kept, in place of one of whoever would have most; return whether that can be."""

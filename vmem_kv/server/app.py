@@ -1,4 +1,8 @@
-"""The routes."""
+"""The routes.
+
+Guarantees: what stands in a path as a name is taken whole, whatever characters it has. (Starlette's `path` knows no
+line ends, and drops a last one.)
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,6 +36,23 @@ from vmem_kv.server.sessions import forget
 
 _SALTED = {"parameters": [{"name": "cache_salt", "in": "query", "schema": {"type": "string"}}]}
 _BODIES: tuple[type[BaseModel], ...] = (ChatAsk, CompletionAsk, DetokenizeAsk, LoadAsk, SaveAsk, TokenizeAsk)
+
+
+class _Whole(Convertor[str]):
+    """All that is left of a path."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        """Return it as it is."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """Return it as it is."""
+        return value
+
+
+register_url_convertor("whole", _Whole())
 
 
 def build_app(service: Service, history: History) -> ASGIApp:
@@ -67,7 +89,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation. With `stream`, as server-sent events."""
         return await chat(service, request)
 
-    @app.delete("/v1/sessions/{session_id:path}", openapi_extra=_SALTED)
+    @app.delete("/v1/sessions/{session_id:whole}", openapi_extra=_SALTED)
     async def forget_session(request: Request, session_id: str) -> dict[str, Any]:
         """End a session that waits, before its time."""
         return await forget(service, request, session_id)
@@ -77,7 +99,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """List the one model."""
         return {"object": "list", "data": [_model(service)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:whole}")
     async def model(name: str) -> dict[str, Any]:
         """Describe a model."""
         service.check_model(name)
@@ -122,7 +144,7 @@ def _add_saved_sessions(app: FastAPI, service: Service) -> None:
         """Begin a session with one that was saved."""
         return await load(service, request)
 
-    @app.delete("/v1/saved_sessions/{name:path}", openapi_extra=_SALTED)
+    @app.delete("/v1/saved_sessions/{name:whole}", openapi_extra=_SALTED)
     async def delete_saved_session(request: Request, name: str) -> dict[str, Any]:
         """Delete a saved session's file."""
         return await delete(service, request, name)

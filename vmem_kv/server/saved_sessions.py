@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
@@ -71,9 +73,8 @@ async def load(service: Service, http: Request) -> dict[str, Any]:
     folder = _folder(service)
     ask = await read_model(http, LoadAsk, service.limits)
     service.check_session_ttl(ask.session_ttl)
-    file = folder.file(_owner(service, record, ask), ask.name)
-    if not file.is_file():
-        raise _no_file()
+    with _reaching(record, "load"):
+        file = folder.existing(_owner(service, record, ask), ask.name)
 
     def loading() -> asyncio.Future[None]:
         domain = ask.sharing_domain(record.domain)
@@ -90,7 +91,7 @@ async def show(service: Service, http: Request) -> dict[str, Any]:
     """List what the client has saved, under one salt.
 
     Raises:
-        ApiError: 400, 404.
+        ApiError: 400, 404, 500 where the folder cannot be read.
     """
     record: Record = http.state.record
     folder = _folder(service)
@@ -98,7 +99,8 @@ async def show(service: Service, http: Request) -> dict[str, Any]:
         ask = ListAsk.model_validate(dict(http.query_params))
     except ValidationError as error:
         raise from_pydantic(error) from None
-    found = folder.find(_owner(service, record, ask))
+    with _reaching(record, "list"):
+        found = folder.find(_owner(service, record, ask))
     data = [{"id": s.name, "object": "saved_session", "bytes": s.n_bytes, "created": s.saved_s} for s in found]
     return {"object": "list", "data": data}
 
@@ -107,7 +109,7 @@ async def delete(service: Service, http: Request, name: str) -> dict[str, Any]:
     """Delete a file of the client's. Sessions that were loaded from it stay.
 
     Raises:
-        ApiError: 400, 404 where there is none.
+        ApiError: 400, 404 where there is none, 500 where the system does not let go of it.
     """
     record: Record = http.state.record
     folder = _folder(service)
@@ -115,10 +117,8 @@ async def delete(service: Service, http: Request, name: str) -> dict[str, Any]:
         ask = SavedAsk.model_validate({**http.query_params, "name": name})
     except ValidationError as error:
         raise from_pydantic(error) from None
-    try:
-        folder.file(_owner(service, record, ask), ask.name).unlink()
-    except FileNotFoundError:
-        raise _no_file() from None
+    with _reaching(record, "delete"):
+        folder.existing(_owner(service, record, ask), ask.name).unlink()
     return {"id": ask.name, "object": "saved_session.deleted", "deleted": True}
 
 
@@ -133,9 +133,17 @@ def _owner(service: Service, record: Record, ask: ListAsk) -> Owner:
     return Owner(service.keys.digest_of(record.domain), ask.cache_salt)
 
 
-def _no_file() -> ApiError:
-    text = "There is no saved session of this name."
-    return ApiError(404, text, param="name", code="saved_session_not_found")
+@contextmanager
+def _reaching(record: Record, what: str) -> Iterator[None]:
+    """Say what the system's errors mean to a client that wants something of its files."""
+    try:
+        yield
+    except FileNotFoundError:
+        text = "There is no saved session of this name."
+        raise ApiError(404, text, param="name", code="saved_session_not_found") from None
+    except OSError as error:
+        _note(record, f"no saved session to {what}", error)
+        raise ApiError(500, f"The server could not {what} this client's saved sessions.", kind=SERVER) from error
 
 
 def _not_there() -> ApiError:

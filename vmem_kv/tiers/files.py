@@ -174,11 +174,13 @@ def _read_header(fd: int, layout: Layout, identity: ModelIdentity) -> tuple[_Hea
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise FileRefused("it is not a plain file")
-    beginning = bytearray(_PROLOGUE.size)
+    beginning = bytearray(min(_PROLOGUE.size, status.st_size))
     read_all(fd, memoryview(beginning), 0)
-    magic, version, n_header_bytes, n_file_bytes, digest = _PROLOGUE.unpack(beginning)
-    if magic != MAGIC:
+    if not MAGIC.startswith(beginning[: len(MAGIC)]):
         raise FileRefused("it is no sequence that vmem_kv saved")
+    if len(beginning) < _PROLOGUE.size:
+        raise FileRefused(f"the file was truncated: it ends at byte {len(beginning)}")
+    _, version, n_header_bytes, n_file_bytes, digest = _PROLOGUE.unpack(beginning)
     if version != VERSION:
         raise FileRefused(f"it has version {version} of the format; this is version {VERSION}")
     if not 0 < n_header_bytes <= MAX_HEADER_BYTES:

@@ -316,8 +316,7 @@ class Sessions:
             OutOfHostMemory: There is no host memory for it, although sessions there were moved down. Else nothing
                 changed.
         """
-        if (domain, session_id) in self._sessions:
-            raise UsageError(f"session {session_id!r} exists; forget it first, or use another name")
+        self._require_new(session_id, domain)
         while True:
             try:
                 copy = files.load(path, self._host, self._cache.layout, identity)
@@ -325,8 +324,24 @@ class Sessions:
             except OutOfHostMemory:
                 if not self.push_down(Level.HOST):
                     raise
+        self.adopt(session_id, copy, stay, domain=domain)
+
+    def adopt(self, session_id: str, copy: HostCopy, stay: Stay | None = None, *, domain: str = "") -> None:
+        """Keep what a host copy holds under a name, in host memory. The copy belongs to the sessions from now on.
+
+        Args:
+            session_id: A name that is new in this domain.
+            copy: Rows of a cache like this one, in the same host tier. It holds tokens, and is not being written.
+            stay: How long it is kept, and where.
+            domain: Whose session it is.
+
+        Raises:
+            UsageError: There is a session of that name in this domain. Nothing changed.
+        """
+        self._require_new(session_id, domain)
         session = _Session((domain, session_id), copy)
         session.tokens, session.stay = copy.tokens, stay or Stay()
+        copy.is_spare = False
         self._sessions[session.key] = session
         self._enter(session, Level.HOST)
 
@@ -550,6 +565,10 @@ class Sessions:
         if failure is not None:
             raise failure
 
+    def _require_new(self, session_id: str, domain: str) -> None:
+        if (domain, session_id) in self._sessions:
+            raise UsageError(f"session {session_id!r} exists; forget it first, or use another name")
+
     def _find(self, session_id: str, domain: str) -> _Session:
         try:
             return self._sessions[domain, session_id]
@@ -619,12 +638,15 @@ class Sessions:
         """Begin to bring a session's host copy up to date, if need be in the place of others that go down.
 
         The rows are on the device. Where host memory is too small for what it holds of them and what it would hold,
-        what it holds goes first. Returns whether it was begun, which it is not while others are on their way down.
+        what it holds goes first. What is being read stays as it is: it will do where it holds all, else there will be
+        another one. Returns whether it was begun, or need not be; it is not while others are on their way down.
         """
         frames = self._host.frames
         n_frames = frames.n_frames_for(len(session.tokens) * session.host_copy.layout.token_bytes)
         self._host.poll()
-        if session.copying is None and session.host_copy.n_readers:  # of a restore that failed, or a file given up
+        if session.copying is None and session.host_copy.n_readers:  # a file, or a restore that failed
+            if session.host_copy.tokens == session.tokens:
+                return True
             self._drop_host_copy(session)
         while session.copying is None:
             try:
