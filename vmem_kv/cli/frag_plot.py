@@ -54,6 +54,7 @@ _BATCH = _Bars(
     lambda row: row[row["averaged"]]["n_running"],
     lambda row: row["n_peak_running"],
 )
+_FIT = _Bars("first requests that\nfit side by side", lambda row: row["n_fitting"])
 _CALLS = _Bars(
     "driver calls per\n1,000 tokens (log)",
     lambda row: row["driver_calls_per_1000_tokens"] or 0.0,
@@ -66,9 +67,9 @@ def draw_rows(path: Path, rows: Sequence[Row]) -> None:
     """Draw rows of one setting into one file; the form follows its suffix."""
     traces = list(dict.fromkeys(row["trace"] for row in rows))
     styles = _styles(list(dict.fromkeys(row["scheme"] for row in rows)))
-    panels = [_USE, _BATCH, _CALLS] + ([_REJECTED] if any(row["counts"]["n_rejected"] for row in rows) else [])
+    panels = [_USE, _BATCH, _FIT, _CALLS] + ([_REJECTED] if any(row["counts"]["n_rejected"] for row in rows) else [])
     height = 1.3 + 0.24 * len(styles)
-    figure = Figure(figsize=(13, 1.4 + height * len(traces)), layout="constrained")
+    figure = Figure(figsize=(14, 1.4 + height * len(traces)), layout="constrained")
     grid = figure.subplots(len(traces), 1 + len(panels), squeeze=False, width_ratios=[2.3] + [1.0] * len(panels))
     for axes_of_row, trace in zip(grid, traces, strict=True):
         ours = [row for row in rows if row["trace"] == trace]
