@@ -381,8 +381,10 @@ class LayerRows:
             and key_states.device == value_states.device == self.device
         ):
             self._refuse(key_states, value_states)
-        keys, values = self._started()
+        self._started()
+        # Held by no name of ours while this may fail: who catches the error may close the cache, and its traceback has us.
         self._ensure(n_tokens)
+        keys, values = self._started()
         keys.write(self.n_tokens, key_states)
         values.write(self.n_tokens, value_states)
         self.n_tokens = n_tokens
