@@ -15,7 +15,7 @@ from vmem_kv.config import CacheConfig
 from vmem_kv.driver.base import Driver, Reservation
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.driver.ledger import Ledger
-from vmem_kv.errors import ConfigError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError
+from vmem_kv.errors import ConfigError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError, VmemError
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import BUDGET_SHARE
 from vmem_kv.rows import _SHARE_OF_ADDRESSES, LayerRows, RowStore, close_rows
@@ -343,6 +343,17 @@ def test_a_close_that_fails_is_tried_again(lab: Lab) -> None:
         rows.close()
     assert lab.store.stats().n_quarantined_pages > 0
     rows.close()
+
+
+def test_whoever_handles_the_error_of_an_append_may_close(lab: Lab) -> None:
+    rows = lab.rows(2, 5)
+    try:
+        with lab.faulty.failing(fail_kind("create", None, driver_error())):
+            rows.append(*states(2, 59))
+    except VmemError:
+        rows.close()  # while the traceback has the frames of the append
+    else:
+        raise AssertionError("nothing failed")
 
 
 def test_trim_gives_back_what_nobody_uses(lab: Lab) -> None:
