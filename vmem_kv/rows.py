@@ -382,7 +382,7 @@ class LayerRows:
         ):
             self._refuse(key_states, value_states)
         self._started()
-        # Held by no name of ours while this may fail: who catches the error may close the cache, and its traceback has us.
+        # No name holds them while this may fail: who catches the error may close the cache, and its traceback has us.
         self._ensure(n_tokens)
         keys, values = self._started()
         keys.write(self.n_tokens, key_states)

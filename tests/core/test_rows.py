@@ -15,7 +15,15 @@ from vmem_kv.config import CacheConfig
 from vmem_kv.driver.base import Driver, Reservation
 from vmem_kv.driver.checked import CheckedDriver
 from vmem_kv.driver.ledger import Ledger
-from vmem_kv.errors import ConfigError, DriverError, InvariantError, OutOfAddressSpace, OutOfPages, UsageError, VmemError
+from vmem_kv.errors import (
+    ConfigError,
+    DriverError,
+    InvariantError,
+    OutOfAddressSpace,
+    OutOfPages,
+    UsageError,
+    VmemError,
+)
 from vmem_kv.layout import LayerSpec, Layout, TensorSpec
 from vmem_kv.pages import BUDGET_SHARE
 from vmem_kv.rows import _SHARE_OF_ADDRESSES, LayerRows, RowStore, close_rows
