@@ -105,6 +105,13 @@ class Arrivals:
                 if not self.drop_one():
                     raise
 
+    def make_room_over(self, inner: SlotSource, n_pages: int) -> bool:
+        """Make room by the source below and, where that is not enough, by what is on its way; see `make_room` there."""
+        while not inner.make_room(n_pages):
+            if not self.drop_one():
+                return False
+        return True
+
     def drop(self, sequence: Sequence) -> None:
         """Give up what was begun for a sequence, if anything was."""
         arrival = self._arriving.pop(sequence, None)

@@ -138,10 +138,7 @@ class PromptSlots(SlotsOver):
     # Room
 
     def make_room(self, n_pages: int) -> bool:
-        while not self._inner.make_room(n_pages):
-            if not self._arrivals.drop_one():
-                return False
-        return True
+        return self._arrivals.make_room_over(self._inner, n_pages)
 
     def give_way(self, n_pages: int) -> bool:
         return self._inner.give_way(n_pages) or self._arrivals.drop_one()

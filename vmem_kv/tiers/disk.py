@@ -25,6 +25,7 @@ import tempfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmem_kv.driver.base import PASSED
 from vmem_kv.driver.host_mapper import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, libc
@@ -223,7 +224,21 @@ class DiskTier:
             raise UsageError("the tier on disk is closed; open a new one")
 
 
-class Storing:
+class _UnderWay:
+    """What both ways have in common: a task that passes by itself."""
+
+    task: Task[Any]
+
+    def passed(self) -> bool:
+        """Whether it is over, well or not."""
+        return self.task.passed()
+
+    def passes_within(self, timeout_s: float) -> bool:
+        """See `Passing`."""
+        return self.task.passes_within(timeout_s)
+
+
+class Storing(_UnderWay):
     """A sequence on its way to disk: `finish` or `abandon` it, once."""
 
     def __init__(
@@ -234,14 +249,6 @@ class Storing:
         self._host = host
         self._copy = copy
         self._stored = stored
-
-    def passed(self) -> bool:
-        """Whether it is over, well or not."""
-        return self.task.passed()
-
-    def passes_within(self, timeout_s: float) -> bool:
-        """See `Passing`."""
-        return self.task.passes_within(timeout_s)
 
     def finish(self) -> DiskCopy:
         """Wait until it is written; return what holds it.
@@ -275,7 +282,7 @@ class Storing:
         self._host.release(self._copy)
 
 
-class Loading:
+class Loading(_UnderWay):
     """A sequence on its way from disk: `finish` or `abandon` it, once."""
 
     def __init__(self, tier: DiskTier, host: HostTier, copy: HostCopy, stored: DiskCopy, task: Task[None]) -> None:
@@ -284,14 +291,6 @@ class Loading:
         self._host = host
         self._copy = copy
         self._stored = stored
-
-    def passed(self) -> bool:
-        """Whether it is over, well or not."""
-        return self.task.passed()
-
-    def passes_within(self, timeout_s: float) -> bool:
-        """See `Passing`."""
-        return self.task.passes_within(timeout_s)
 
     def finish(self) -> HostCopy:
         """Wait until it is read; return the copy in host memory.
